@@ -1,0 +1,25 @@
+"""drllm-fast: dynamic layer routing (Dr.LLM) for pretrained decoder-only models, exact and without padding."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from transformers import PreTrainedModel
+
+from drllm_fast.enable import disable_dynamic_routing, enable_dynamic_routing
+from drllm_fast.policies import GivenPlan, PromptBatch, RoutingPolicy
+
+try:
+    __version__ = version("drllm-fast")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+PreTrainedModel.enable_dynamic_routing = enable_dynamic_routing
+PreTrainedModel.disable_dynamic_routing = disable_dynamic_routing
+
+__all__ = [
+    "GivenPlan",
+    "PromptBatch",
+    "RoutingPolicy",
+    "__version__",
+    "disable_dynamic_routing",
+    "enable_dynamic_routing",
+]

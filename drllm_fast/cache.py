@@ -1,0 +1,368 @@
+"""The KV cache of a routed model: one slot per visit, holding only the rows that ran it.
+
+Invariant: a path is fixed when its prompt is prefilled, so every slot a row visits holds exactly that row's tokens.
+One length per row therefore serves all layers, and it lives here, never in a layer. A forward that dies leaves the
+lengths as they were, and the next one overwrites what it had written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from drllm_fast.active import ACTIVE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Room left behind each row when its slot grows, in tokens: a copy of the slot every 64 steps, not at each one.
+GROWTH = 64
+
+Schedule = list[tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+class KVSlot:
+    """Keys and values of one visit, [1, heads, N, head_dim]; row i of the slot owns a segment of N.
+
+    Segment i starts at starts[i], has room for room[i] tokens and holds the row's tokens from position first[i] on
+    (earlier ones fell out of a sliding window).
+    """
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.starts: list[int] = []
+        self.room: list[int] = []
+        self.first: list[int] = []
+
+    def write(self, k: Tensor, v: Tensor, past: list[int], new: list[int], keep: int | None) -> None:
+        """Store new[i] tokens of row i at position past[i]. `keep`: past tokens a sliding window still needs."""
+        if self.keys is None:
+            self.keys, self.values = _owned(k), _owned(v)
+            self.starts, self.room, self.first = [0, *accumulate(new[:-1])], list(new), [0] * len(new)
+            return
+        if k.requires_grad or self.keys.requires_grad:
+            self._extend_by_concatenation(k, v, past, new)
+            return
+        need = [p - f + n for p, f, n in zip(past, self.first, new, strict=True)]
+        frozen = self.keys.is_inference() and not torch.is_inference_mode_enabled()
+        if frozen or any(n > room for n, room in zip(need, self.room, strict=True)):
+            self._grow(past, new, keep)
+        if len(new) == 1:
+            at = self.starts[0] + past[0] - self.first[0]
+            self.keys.narrow(2, at, new[0]).copy_(k)
+            self.values.narrow(2, at, new[0]).copy_(v)
+        else:
+            at = [s + p - f for s, p, f in zip(self.starts, past, self.first, strict=True)]
+            where = [a + i for a, n in zip(at, new, strict=True) for i in range(n)]
+            index = torch.tensor(where, device=k.device)
+            self.keys.index_copy_(2, index, k)
+            self.values.index_copy_(2, index, v)
+
+    def bytes_per_token(self) -> int:
+        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in (self.keys, self.values))
+
+    def _grow(self, past: list[int], new: list[int], keep: int | None) -> None:
+        """Lay the segments out anew, with room to spare, dropping what no sliding window can reach any more."""
+        first = self.first if keep is None else [max(f, p - keep) for f, p in zip(self.first, past, strict=True)]
+        kept = [p - f for p, f in zip(past, first, strict=True)]
+        room = [k + n + max(GROWTH, (k + n) // 8) for k, n in zip(kept, new, strict=True)]
+        starts = [0, *accumulate(room[:-1])]
+        source = [s + f - old for s, f, old in zip(self.starts, first, self.first, strict=True)]
+
+        def moved(old: Tensor) -> Tensor:
+            fresh = old.new_empty(1, old.shape[1], sum(room), old.shape[3])
+            for a, b, n in zip(source, starts, kept, strict=True):
+                fresh.narrow(2, b, n).copy_(old.narrow(2, a, n))
+            return fresh
+
+        self.keys, self.values = moved(self.keys), moved(self.values)
+        self.starts, self.room, self.first = starts, room, first
+
+    def _extend_by_concatenation(self, k: Tensor, v: Tensor, past: list[int], new: list[int]) -> None:
+        # Autograd holds on to the keys that earlier steps used, so nothing may be written in place.
+        offsets = [0, *accumulate(new)]
+        kept = [p - f for p, f in zip(past, self.first, strict=True)]
+
+        def joined(old: Tensor, fresh: Tensor) -> Tensor:
+            parts = []
+            for i, n in enumerate(kept):
+                parts += [old.narrow(2, self.starts[i], n), fresh.narrow(2, offsets[i], new[i])]
+            return torch.cat(parts, dim=2)
+
+        self.keys, self.values = joined(self.keys, k), joined(self.values, v)
+        self.room = [a + b for a, b in zip(kept, new, strict=True)]
+        self.starts = [0, *accumulate(self.room[:-1])]
+
+    def take(self, sources: list[int], lengths: list[int], memo: dict) -> None:
+        """Row i becomes what row sources[i] was; `lengths` [old rows] are the tokens each old row has run."""
+        if not sources or self.keys is None:
+            self.__init__()
+            return
+        key = (tuple(self.starts), tuple(self.first), tuple(lengths), tuple(sources), self.keys.device)
+        if key not in memo:
+            kept = [lengths[s] - self.first[s] for s in sources]
+            room = [n + GROWTH for n in kept]
+            # Room to spare is filled with whatever lies at 0: it is written before it is read.
+            index = torch.cat([torch.arange(self.starts[s], self.starts[s] + n) for s, n in zip(sources, kept)])
+            pieces = []
+            for part in index.split(kept):
+                pieces += [part, part.new_zeros(GROWTH)]
+            memo[key] = torch.cat(pieces).to(self.keys.device), room
+        index, room = memo[key]
+        self.keys, self.values = self.keys.index_select(2, index), self.values.index_select(2, index)
+        self.starts, self.room = [0, *accumulate(room[:-1])], list(room)
+        self.first = [self.first[s] for s in sources]
+
+
+class RoutedLayer(CacheLayerMixin):
+    """One decoder layer's place in a `RoutedCache`: a slot for each visit a path can pay."""
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, sliding_window: int | None = None, record_past: bool = False):
+        super().__init__()
+        self.slots = (KVSlot(), KVSlot())
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        self.record_past = record_past
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def _ask_the_cache(self, *args, **kwargs):
+        raise NotImplementedError(
+            "a layer of a routed cache answers no questions by itself, since some rows may have skipped it; "
+            "ask the cache (cache.get_seq_length(), cache.crop(-n), ...)"
+        )
+
+    lazy_initialization = update = get_mask_sizes = get_seq_length = get_max_length = _ask_the_cache
+
+
+class RoutedCache(DynamicCache):
+    """A `DynamicCache` whose rows follow their own layer paths. Made from an empty `DynamicCache` by the first
+    routed forward, in place, so that whoever holds the cache keeps it.
+
+    plan     int8 [B, L]   the path of each row (CPU)
+    lengths  [B]           real tokens each row has run
+    columns                tokens of a row as the caller counts them, padding included
+    real     bool [B, columns] or None   which columns were real (CPU); None when all were
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config=config)
+        RoutedCache.convert(self, len(self.layers))
+
+    @staticmethod
+    def convert(cache: DynamicCache, num_layers: int) -> None:
+        """Turn an empty `DynamicCache` into a `RoutedCache`. NotImplementedError / ValueError for any other cache."""
+        check_convertible(cache)
+        old = {index: layer for index, layer in enumerate(cache.layers)}
+        layers = []
+        for index in range(num_layers):
+            layer = old.get(index)
+            window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+            layers.append(RoutedLayer(window, getattr(layer, "record_past", False)))
+        cache.layers = layers
+        cache.layer_class_to_replicate = None
+        cache.__class__ = RoutedCache
+        cache._clear()
+
+    def _clear(self) -> None:
+        self.plan: Tensor | None = None
+        self.lengths: list[int] = []
+        self.columns = 0
+        self.real: Tensor | None = None
+        self.decided_by: object | None = None
+        self.tally: object | None = None
+        self._schedule: Schedule | None = None
+
+    # -- the executor's side ------------------------------------------------------------------------------------
+    @property
+    def schedule(self) -> Schedule:
+        """Per layer, the rows of its first and of its second visit."""
+        if self._schedule is None:
+            self._schedule = schedule_of(self.plan)
+        return self._schedule
+
+    def fix(self, plan: Tensor, decided_by: object) -> None:
+        self.plan, self.decided_by, self._schedule = plan, decided_by, None
+
+    def advance(self, lengths: list[int], columns: int, real: Tensor | None) -> None:
+        """Commit a forward: its tokens are in the slots."""
+        if real is not None or self.real is not None:
+            old = torch.ones(len(lengths), self.columns, dtype=torch.bool) if self.real is None else self.real
+            new = torch.ones(len(lengths), columns, dtype=torch.bool) if real is None else real.cpu()
+            self.real = torch.cat([old, new], dim=1)
+        past = self.lengths or [0] * len(lengths)
+        self.lengths = [p + n for p, n in zip(past, lengths, strict=True)]
+        self.columns += columns
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        forward = ACTIVE.get()
+        if forward is None or forward.cache is not self:
+            raise ValueError(
+                "this cache was filled by a routed model and can only be used by it while routing is on; "
+                "start the dense model (or another model) with a new cache"
+            )
+        visit = forward.visit
+        layer = self.layers[visit.layer]
+        keep = None if layer.sliding_window is None or layer.record_past else layer.sliding_window - 1
+        slot = layer.slots[visit.number]
+        slot.write(key_states, value_states, visit.past, visit.rows.lengths, keep)
+        visit.slot = slot
+        return key_states, value_states
+
+    def bytes_per_token(self) -> list[int]:
+        """Bytes that the keys and values of one token take in a slot of each layer. For a layer that no row has run,
+        the largest of the others is taken; 0 if none has run."""
+        slots = [layer.slots[0] for layer in self.layers]
+        known = [0 if slot.keys is None else slot.bytes_per_token() for slot in slots]
+        return [size or max(known) for size in known]
+
+    def kv_bytes(self, *, allocated: bool = False) -> int:
+        """Bytes of keys and values held for tokens; with `allocated`, of the tensors that hold them."""
+        total = 0
+        for index, layer in enumerate(self.layers):
+            for number, slot in enumerate(layer.slots):
+                if slot.keys is None:
+                    continue
+                rows = self.schedule[index][number]
+                held = sum(self.lengths[r] - f for r, f in zip(rows, slot.first, strict=True))
+                total += slot.bytes_per_token() * (slot.keys.shape[2] if allocated else held)
+        return total
+
+    # -- the side of `generate` and of the user ------------------------------------------------------------------
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths) or -1
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [layer.is_sliding for layer in self.layers]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self.layers)
+
+    is_dummy = is_linear
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    def __iter__(self):
+        raise NotImplementedError(
+            "a routed cache has no one tensor per layer to iterate over: each visit of a row has its own slot; "
+            "copy the cache with copy.deepcopy, or use model.routing.stats"
+        )
+
+    def reset(self) -> None:
+        for layer in self.layers:
+            layer.slots = (KVSlot(), KVSlot())
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove columns of every row (a value <= 0, as for every cache)."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes the number of tokens to remove as a value <= 0, given {tokens_to_remove}: "
+                f"use crop({-tokens_to_remove}) to remove {tokens_to_remove} tokens"
+            )
+        if -tokens_to_remove > self.columns:
+            raise ValueError(f"cannot remove {-tokens_to_remove} tokens from a cache of {self.columns}")
+        columns = self.columns + tokens_to_remove
+        if self.real is None:
+            lengths = [n + tokens_to_remove for n in self.lengths]
+        else:
+            lengths = self.real[:, :columns].sum(1).tolist()
+        for index, layer in enumerate(self.layers):
+            for number, slot in enumerate(layer.slots):
+                if slot.keys is None or not layer.is_sliding:
+                    continue
+                for row, first in zip(self.schedule[index][number], slot.first, strict=True):
+                    if first > max(0, lengths[row] - layer.sliding_window + 1):
+                        raise RuntimeError(
+                            f"layer {index} has already dropped tokens that a crop of {-tokens_to_remove} would need "
+                            f"again (sliding window {layer.sliding_window}); call activate_past_recording() on the "
+                            "cache before it fills"
+                        )
+        self.lengths, self.columns = lengths, columns
+        self.real = None if self.real is None else self.real[:, :columns]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._take(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._take([row for row in range(len(self.lengths)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
+        self._take(torch.arange(len(self.lengths))[torch.as_tensor(indices, device="cpu")].tolist())
+
+    def _take(self, sources: list[int]) -> None:
+        if not self.lengths or sources == list(range(len(self.lengths))):
+            return
+        schedule, memo = self.schedule, {}
+        for index, layer in enumerate(self.layers):
+            for rows, slot in zip(schedule[index], layer.slots, strict=True):
+                rank = {row: i for i, row in enumerate(rows)}
+                slot.take([rank[s] for s in sources if s in rank], [self.lengths[r] for r in rows], memo)
+        self.fix(self.plan[sources], self.decided_by)
+        self.lengths = [self.lengths[s] for s in sources]
+        self.real = None if self.real is None else self.real[sources]
+
+
+def schedule_of(plan: Tensor) -> Schedule:
+    """Per layer, the rows of its first and of its second visit, from a plan [B, L]."""
+    columns = plan.T.tolist()
+    return [
+        (tuple(r for r, d in enumerate(column) if d >= 1), tuple(r for r, d in enumerate(column) if d == 2))
+        for column in columns
+    ]
+
+
+def check_convertible(cache: object) -> None:
+    """Raise unless `cache` is an empty `DynamicCache` of plain attention layers."""
+    if not isinstance(cache, Cache):
+        raise TypeError(f"past_key_values must be a transformers Cache or None, given {type(cache).__name__}")
+    plain = type(cache) is DynamicCache and all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers)
+    if not plain or cache.layer_class_to_replicate not in (None, DynamicLayer):
+        kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])})
+        raise NotImplementedError(
+            f"dynamic routing supports DynamicCache with full or sliding-window attention layers, given "
+            f"{type(cache).__name__}{f' of {kinds}' if kinds else ''}; leave cache_implementation unset, or run the "
+            "dense model inside `with model.routing.disabled():`"
+        )
+    if cache.offloading:
+        raise NotImplementedError("dynamic routing does not support an offloaded cache; use a plain DynamicCache")
+    if any(layer.is_initialized and layer.keys.numel() for layer in cache.layers):
+        raise ValueError(
+            "this cache was filled by the dense model (or by a prefix-tuning adapter), so its rows have no layer path; "
+            "start with an empty cache, or stay dense inside `with model.routing.disabled():`"
+        )
+
+
+def _owned(t: Tensor) -> Tensor:
+    """`t` itself, unless it is a view that would keep a larger tensor (a fused qkv projection) alive."""
+    return t if t.untyped_storage().nbytes() == t.numel() * t.element_size() else t.clone()

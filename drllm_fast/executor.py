@@ -1,0 +1,132 @@
+"""One routed forward: every row of the batch runs its own list of blocks, tokens are never padded.
+
+    ids [B, S] + mask --pack--> ids [1, T]
+       Hugging Face's own base-model forward runs its own loop of layers on the packed tokens
+          at each layer:  the policy decides (prefill only) -> rows with 0, 1, 2
+             visit 1: gather rows with >= 1 -> the layer's own forward -> scatter
+             visit 2: gather rows with 2    -> the layer's own forward -> scatter
+    hidden [1, T, d] --unpack--> [B, S, d]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from drllm_fast.cache import KVSlot, RoutedCache
+from drllm_fast.packed import PackedBatch, RowSet
+from drllm_fast.policies import PromptBatch, RoutingPolicy, check_decisions
+
+
+class Visit:
+    """One application of a block: `number` 0 or 1 of `layer`, by `rows`, which have run `past` tokens before."""
+
+    __slots__ = ("layer", "number", "rows", "past", "slot", "attended")
+
+    def __init__(self, layer: int, number: int, rows: RowSet, past: list[int]):
+        self.layer, self.number, self.rows, self.past = layer, number, rows, past
+        self.slot: KVSlot | None = None
+        self.attended = False
+
+    def offsets(self) -> list[int]:
+        return [0, *accumulate(self.rows.lengths[:-1])]
+
+
+class RoutedForward:
+    """The state of one forward of the base model. A layer calls `run_layer`; the cache and the attention function
+    find the visit that is running in `visit`."""
+
+    def __init__(
+        self,
+        owner: object,
+        packed: PackedBatch,
+        past: list[int],
+        num_layers: int,
+        cache: RoutedCache | None,
+        policy: RoutingPolicy | None,
+        prompt_lengths: list[int],
+        input_ids: Tensor | None,
+    ):
+        self.owner = owner  # the Routing whose layers this forward is for
+        self.packed, self.past, self.cache = packed, past, cache
+        self.policy = policy  # None once all paths are known
+        self.prompt_lengths, self.input_ids = prompt_lengths, input_ids
+        self.plan = cache.plan if policy is None else torch.zeros(packed.batch, num_layers, dtype=torch.int8)
+        self.schedule = cache.schedule if policy is None else [((), ())] * num_layers
+        self.visit: Visit | None = None
+        self.layer_rows, self.layer_tokens = [0] * num_layers, [0] * num_layers
+        self._moved: dict[tuple, tuple[object, object]] = {}
+
+    def run_layer(self, layer: int, forward: Callable[..., Tensor], hidden: Tensor, *args, **kwargs) -> Tensor:
+        """All visits of one block: hidden [1, T, d] -> [1, T, d]. `forward` is the layer's own."""
+        if self.policy is not None:
+            self._decide(layer, hidden)
+        for number, rows in enumerate(self.schedule[layer]):
+            if not rows:
+                break
+            subset = self.packed.subset(rows, hidden.device)
+            if not any(subset.lengths):  # rows that brought no token to this forward
+                break
+            past = self.past if subset.index is None else [self.past[r] for r in rows]
+            self.visit = Visit(layer, number, subset, past)
+            if subset.index is None:
+                out = forward(hidden, *args, **kwargs)
+            else:
+                moved = [self._rows_of(a, subset) for a in args]
+                moved_kwargs = {k: self._rows_of(a, subset) for k, a in kwargs.items()}
+                out = forward(hidden.index_select(1, subset.index), *moved, **moved_kwargs)
+            self._check(out)
+            hidden = out if subset.index is None else hidden.index_copy(1, subset.index, out)
+            self.layer_rows[layer] += len(rows)
+            self.layer_tokens[layer] += out.shape[1]
+        return hidden
+
+    def _decide(self, layer: int, hidden: Tensor) -> None:
+        index, cu_seqlens = self.packed.heads(self.prompt_lengths, hidden.device)
+        ids = self.input_ids
+        prompts = PromptBatch(
+            hidden[0] if index is None else hidden[0].index_select(0, index),
+            cu_seqlens,
+            ids if index is None or ids is None else ids.index_select(0, index.to(ids.device)),
+        )
+        rows, layers = self.plan.shape
+        decisions = check_decisions(self.policy.route(layer, prompts), rows, layers, layer)
+        if decisions.ndim == 2:
+            self.plan[:, layer:] = decisions[:, layer:]
+            self.policy = None
+        else:
+            self.plan[:, layer] = decisions
+        for at in range(layer, layers if decisions.ndim == 2 else layer + 1):
+            column = self.plan[:, at].tolist()
+            once = tuple(r for r, d in enumerate(column) if d >= 1)
+            self.schedule[at] = (once, tuple(r for r in once if column[r] == 2))
+
+    def _rows_of(self, argument: object, subset: RowSet) -> object:
+        """The part of a layer's argument that belongs to the subset's tokens; remembered, for layers share it."""
+        if isinstance(argument, Tensor):
+            if argument.ndim < 2 or argument.shape[1] != self.packed.tokens:
+                return argument
+            key = (id(argument), subset.rows, subset.index.device)
+            if key not in self._moved:  # the argument is kept beside its part, or its id could be given away
+                self._moved[key] = (argument, argument.index_select(1, subset.index.to(argument.device)))
+            return self._moved[key][1]
+        if isinstance(argument, tuple | list):
+            return type(argument)(self._rows_of(a, subset) for a in argument)
+        if isinstance(argument, dict):
+            return {k: self._rows_of(a, subset) for k, a in argument.items()}
+        return argument
+
+    def _check(self, out: object) -> None:
+        """A model outside the contract is found here, before its result is used."""
+        what = None
+        if not isinstance(out, Tensor):
+            what = f"its layers return {type(out).__name__} instead of a tensor"
+        elif not self.visit.attended:
+            what = "its attention does not go through transformers' AttentionInterface"
+        elif self.cache is not None and self.visit.slot is None:
+            what = f"layer {self.visit.layer} stores no keys of its own (shared KV)"
+        if what:
+            raise NotImplementedError(f"this model cannot be routed: {what}; call model.disable_dynamic_routing()")
