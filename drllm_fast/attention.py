@@ -70,8 +70,7 @@ def forward_attention(
     **kwargs,
 ) -> Tensor:
     """Attention of the visit that is running; query [1, H, T', D], the keys and values from the visit's KV slot."""
-    unknown = [k for k, v in kwargs.items() if v is not None and k not in HARMLESS]
-    if unknown:
+    if kwargs and (unknown := [k for k, v in kwargs.items() if v is not None and k not in HARMLESS]):
         raise NotImplementedError(
             f"{type(module).__name__} passes {', '.join(unknown)} to its attention, which dynamic routing does not "
             "support; run this model inside `with model.routing.disabled():`"
@@ -111,9 +110,12 @@ def ragged_attention(
     a query sees itself and what comes before it, at most `window` tokens in all; with `softcap` c the scores are
     c * tanh(score / c); `sinks` [H] adds one score a head that takes part in the softmax and has no value.
     """
-    single = len(new) == 1
+    if len(new) == 1:
+        if starts[0] or total[0] != keys.shape[2]:
+            keys, values = (t.narrow(2, starts[0], total[0]) for t in (keys, values))
+        return _attend(query, keys, values, scale, dropout, window, softcap, sinks).transpose(1, 2)
     same = len(set(new)) == 1 and len(set(total)) == 1
-    step = starts[1] - starts[0] if same and not single else 0
+    step = starts[1] - starts[0] if same else 0
     if same and step and all(b - a == step for a, b in zip(starts, starts[1:], strict=False)):
         # Equal rows at equal distances are an ordinary batch, seen through strides.
         q = query.unflatten(2, (len(new), new[0]))[0].transpose(0, 1)  # [R, H, n, D]
@@ -123,11 +125,11 @@ def ragged_attention(
     parts, at = [], 0
     for n, start, length in zip(new, starts, total, strict=True):
         if n:
-            q = query if single else query.narrow(2, at, n)
+            q = query.narrow(2, at, n)
             k, v = keys.narrow(2, start, length), values.narrow(2, start, length)
             parts.append(_attend(q, k, v, scale, dropout, window, softcap, sinks).transpose(1, 2))
         at += n
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=1)
 
 
 def _segments(t: Tensor, start: int, step: int, rows: int, length: int) -> Tensor:
@@ -144,15 +146,22 @@ def _attend(q, k, v, scale, dropout, window, softcap, sinks) -> Tensor:
         k, v = (t.narrow(2, m - (window + n - 1), window + n - 1) for t in (k, v))
         m = window + n - 1
     windowed = window is not None and m > window
+    kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     if softcap is None and sinks is None:
+        if n == 1 and groups > 1:
+            # The heads of a group ask the same keys: as queries of one head they take the fast kernel on a CPU
+            # (2.4x at 64 keys, 6x at 1024 in bf16 against enable_gqa).
+            packed = q.reshape(q.shape[0], kv_heads, groups, q.shape[3])
+            out = F.scaled_dot_product_attention(packed, k, v, None, dropout, scale=scale)
+            return out.reshape(q.shape[0], q.shape[1], 1, v.shape[3])
         plain = n == 1 or (n == m and not windowed)
         mask = None if plain else causal_mask(n, m, window, q.device)
         return F.scaled_dot_product_attention(
-            q, k, v, mask, dropout, is_causal=plain and n > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, mask, dropout, is_causal=plain and n > 1, scale=scale, enable_gqa=groups > 1
         )
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    grouped = q.reshape(q.shape[0], kv_heads, groups * n, q.shape[3])
+    scores = grouped @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.view(q.shape[0], q.shape[1], n, m)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if n > 1:
@@ -161,8 +170,9 @@ def _attend(q, k, v, scale, dropout, window, softcap, sinks) -> Tensor:
     if sinks is not None:
         sinks = sinks.float().view(1, -1, 1, 1).expand(q.shape[0], -1, n, 1)
         scores = torch.cat([scores, sinks], dim=-1)
-    weights = scores.softmax(-1)[..., :m].to(v.dtype)
-    return F.dropout(weights, dropout) @ v
+    weights = F.dropout(scores.softmax(-1)[..., :m].to(v.dtype), dropout)
+    out = weights.reshape(q.shape[0], kv_heads, groups * n, m) @ v
+    return out.view(q.shape[0], q.shape[1], n, v.shape[3])
 
 
 def causal_mask(n: int, m: int, window: int | None, device: torch.device) -> Tensor:

@@ -55,20 +55,19 @@ class KVSlot:
         if k.requires_grad or self.keys.requires_grad:
             self._extend_by_concatenation(k, v, past, new)
             return
-        need = [p - f + n for p, f, n in zip(past, self.first, new, strict=True)]
+        at = [p - f for p, f in zip(past, self.first, strict=True)]  # in the row's segment
         frozen = self.keys.is_inference() and not torch.is_inference_mode_enabled()
-        if frozen or any(n > room for n, room in zip(need, self.room, strict=True)):
+        if frozen or any(a + n > room for a, n, room in zip(at, new, self.room, strict=True)):
             self._grow(past, new, keep)
+            at = [p - f for p, f in zip(past, self.first, strict=True)]
         if len(new) == 1:
-            at = self.starts[0] + past[0] - self.first[0]
-            self.keys.narrow(2, at, new[0]).copy_(k)
-            self.values.narrow(2, at, new[0]).copy_(v)
-        else:
-            at = [s + p - f for s, p, f in zip(self.starts, past, self.first, strict=True)]
-            where = [a + i for a, n in zip(at, new, strict=True) for i in range(n)]
-            index = torch.tensor(where, device=k.device)
-            self.keys.index_copy_(2, index, k)
-            self.values.index_copy_(2, index, v)
+            self.keys.narrow(2, at[0], new[0]).copy_(k)
+            self.values.narrow(2, at[0], new[0]).copy_(v)
+            return
+        where = [s + a + i for s, a, n in zip(self.starts, at, new, strict=True) for i in range(n)]
+        index = torch.tensor(where, device=k.device)
+        self.keys.index_copy_(2, index, k)
+        self.values.index_copy_(2, index, v)
 
     def bytes_per_token(self) -> int:
         return sum(t.shape[1] * t.shape[3] * t.element_size() for t in (self.keys, self.values))
@@ -163,22 +162,24 @@ class RoutedCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config=config)
-        RoutedCache.convert(self, len(self.layers))
+        self._route(len(self.layers))
 
     @staticmethod
     def convert(cache: DynamicCache, num_layers: int) -> None:
         """Turn an empty `DynamicCache` into a `RoutedCache`. NotImplementedError / ValueError for any other cache."""
         check_convertible(cache)
-        old = {index: layer for index, layer in enumerate(cache.layers)}
+        cache.__class__ = RoutedCache
+        cache._route(num_layers)
+
+    def _route(self, num_layers: int) -> None:
+        old = dict(enumerate(self.layers))
         layers = []
         for index in range(num_layers):
             layer = old.get(index)
             window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
             layers.append(RoutedLayer(window, getattr(layer, "record_past", False)))
-        cache.layers = layers
-        cache.layer_class_to_replicate = None
-        cache.__class__ = RoutedCache
-        cache._clear()
+        self.layers, self.layer_class_to_replicate = layers, None
+        self._clear()
 
     def _clear(self) -> None:
         self.plan: Tensor | None = None

@@ -68,20 +68,19 @@ class RoutedForward:
             if not rows:
                 break
             subset = self.packed.subset(rows, hidden.device)
-            if not any(subset.lengths):  # rows that brought no token to this forward
+            if subset.tokens == 0:  # rows that brought no token to this forward
                 break
-            past = self.past if subset.index is None else [self.past[r] for r in rows]
-            self.visit = Visit(layer, number, subset, past)
             if subset.index is None:
-                out = forward(hidden, *args, **kwargs)
+                self.visit = Visit(layer, number, subset, self.past)
+                hidden = self._checked(forward(hidden, *args, **kwargs))
             else:
-                moved = [self._rows_of(a, subset) for a in args]
-                moved_kwargs = {k: self._rows_of(a, subset) for k, a in kwargs.items()}
-                out = forward(hidden.index_select(1, subset.index), *moved, **moved_kwargs)
-            self._check(out)
-            hidden = out if subset.index is None else hidden.index_copy(1, subset.index, out)
+                self.visit = Visit(layer, number, subset, [self.past[r] for r in rows])
+                args_here = [self._rows_of(a, subset) for a in args]
+                kwargs_here = {k: self._rows_of(a, subset) for k, a in kwargs.items()}
+                out = forward(hidden.index_select(1, subset.index), *args_here, **kwargs_here)
+                hidden = hidden.index_copy(1, subset.index, self._checked(out))
             self.layer_rows[layer] += len(rows)
-            self.layer_tokens[layer] += out.shape[1]
+            self.layer_tokens[layer] += subset.tokens
         return hidden
 
     def _decide(self, layer: int, hidden: Tensor) -> None:
@@ -119,14 +118,14 @@ class RoutedForward:
             return {k: self._rows_of(a, subset) for k, a in argument.items()}
         return argument
 
-    def _check(self, out: object) -> None:
+    def _checked(self, out: object) -> Tensor:
         """A model outside the contract is found here, before its result is used."""
-        what = None
+        if isinstance(out, Tensor) and self.visit.attended and (self.cache is None or self.visit.slot is not None):
+            return out
         if not isinstance(out, Tensor):
             what = f"its layers return {type(out).__name__} instead of a tensor"
         elif not self.visit.attended:
             what = "its attention does not go through transformers' AttentionInterface"
-        elif self.cache is not None and self.visit.slot is None:
+        else:
             what = f"layer {self.visit.layer} stores no keys of its own (shared KV)"
-        if what:
-            raise NotImplementedError(f"this model cannot be routed: {what}; call model.disable_dynamic_routing()")
+        raise NotImplementedError(f"this model cannot be routed: {what}; call model.disable_dynamic_routing()")

@@ -15,12 +15,14 @@ class RowSet:
 
     rows     indices of the rows, ascending
     lengths  tokens of each of those rows
-    index    int64 [sum(lengths)], where their tokens lie in the packed batch; None when the set is the whole batch
+    index    int64 [tokens], where their tokens lie in the packed batch; None when the set is the whole batch
+    tokens   their number
     """
 
     rows: tuple[int, ...]
     lengths: list[int]
     index: Tensor | None
+    tokens: int
 
 
 class PackedBatch:
@@ -41,7 +43,7 @@ class PackedBatch:
         self.offsets = [0, *accumulate(self.lengths)]
         self._real, self._nearest = real, None
         self.tokens = self.offsets[-1]
-        self.everything = RowSet(tuple(range(batch)), self.lengths, None)
+        self.everything = RowSet(tuple(range(batch)), self.lengths, None, self.tokens)
         self._sets: dict[tuple[tuple[int, ...], torch.device], RowSet] = {}
 
     def pack(self, x: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ class PackedBatch:
         known = self._sets.get((rows, device))
         if known is None:
             index = torch.cat([torch.arange(self.offsets[r], self.offsets[r + 1]) for r in rows]).to(device)
-            known = RowSet(rows, [self.lengths[r] for r in rows], index)
+            known = RowSet(rows, [self.lengths[r] for r in rows], index, len(index))
             self._sets[rows, device] = known
         return known
 
