@@ -81,6 +81,11 @@ def forward_attention(
     if slot is None:  # no cache: the keys are those of this forward
         starts, total = visit.offsets(), new
     else:
+        if key is not visit.keys or value is not visit.values:
+            raise NotImplementedError(
+                f"{type(module).__name__} changes keys or values between the cache and the attention, which dynamic routing "
+                "does not support; run this model inside `with model.routing.disabled():`"
+            )
         key, value, starts = slot.keys, slot.values, slot.starts
         total = [p + n - f for p, n, f in zip(past, new, slot.first, strict=True)]
     return ragged_attention(

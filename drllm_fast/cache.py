@@ -7,12 +7,12 @@ lengths as they were, and the next one overwrites what it had written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -188,6 +188,7 @@ class RoutedCache(DynamicCache):
         self.real: Tensor | None = None
         self.decided_by: object | None = None
         self.tally: object | None = None
+        self.model: Callable[[], nn.Module | None] | None = None  # weak: a cache keeps no model alive
         self._schedule: Schedule | None = None
 
     # -- the executor's side ------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ class RoutedCache(DynamicCache):
         keep = None if layer.sliding_window is None or layer.record_past else layer.sliding_window - 1
         slot = layer.slots[visit.number]
         slot.write(key_states, value_states, visit.past, visit.rows.lengths, keep)
-        visit.slot = slot
+        visit.slot, visit.keys, visit.values = slot, key_states, value_states
         return key_states, value_states
 
     def bytes_per_token(self) -> list[int]:

@@ -24,11 +24,13 @@ from drllm_fast.policies import PromptBatch, RoutingPolicy, check_decisions
 class Visit:
     """One application of a block: `number` 0 or 1 of `layer`, by `rows`, which have run `past` tokens before."""
 
-    __slots__ = ("layer", "number", "rows", "past", "slot", "attended")
+    __slots__ = ("layer", "number", "rows", "past", "slot", "keys", "values", "attended")
 
     def __init__(self, layer: int, number: int, rows: RowSet, past: list[int]):
         self.layer, self.number, self.rows, self.past = layer, number, rows, past
-        self.slot: KVSlot | None = None
+        self.slot: KVSlot | None = None  # set by the cache, with what it was given
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
         self.attended = False
 
     def offsets(self) -> list[int]:

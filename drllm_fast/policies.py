@@ -78,8 +78,7 @@ def as_plan(plan: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
             plan = torch.as_tensor(plan)
         except (TypeError, ValueError, RuntimeError) as error:
             ragged = isinstance(plan, Sequence) and len({len(p) for p in plan if isinstance(p, Sequence)}) > 1
-            kind = ValueError if ragged or isinstance(error, ValueError) else TypeError
-            raise kind(f"{'ragged plan' if ragged else f'not a plan: {plan!r:.80}'}; {allowed}") from error
+            raise (ValueError if ragged else TypeError)(f"{'ragged plan' if ragged else f'not a plan: {plan!r:.80}'}; {allowed}") from error
     if plan.numel() == 0 or plan.ndim not in (1, 2):
         raise ValueError(f"a plan of shape {tuple(plan.shape)}; {allowed}")
     if plan.is_floating_point() or plan.is_complex() or plan.dtype == torch.bool:

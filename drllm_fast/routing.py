@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -204,11 +205,13 @@ class Routing:
         past_columns = 0 if fresh or cache is None else cache.columns
 
         batch, columns = x.shape[:2]
-        real = real_columns(attention_mask, batch, columns, None if fresh else cache)
-        packed = PackedBatch(real, batch, columns, x.device)
         past = cache.lengths if past_columns else [0] * batch
         if len(past) != batch:
             raise ValueError(f"the cache holds {len(past)} rows, the input has {batch}")
+        if past_columns and cache.model() is not base:
+            raise ValueError("this cache was filled by another model; start with a new cache")
+        real = real_columns(attention_mask, batch, columns, None if fresh else cache)
+        packed = PackedBatch(real, batch, columns, x.device)
         if position_ids is None or settings.count_positions:
             packed_positions = packed.positions(past)
         else:
@@ -248,6 +251,7 @@ class Routing:
         if cache is not None:
             if not past_columns:
                 cache.fix(run.plan, policy)
+                cache.model = weakref.ref(base)
             cache.advance(packed.lengths, columns, real)
         self._last = Tally.add(run, cache, continued=bool(past_columns))
         return _unpacked(outputs, packed)
@@ -285,7 +289,7 @@ class Routing:
         for name in ("output_attentions", "output_router_logits"):
             if kwargs.get(name, getattr(base.config, name, False)):
                 raise NotImplementedError(f"{name}=True is not supported by a routed model; use `routing.disabled()`")
-        if base.training and getattr(base, "is_gradient_checkpointing", False):
+        if base.training and any(getattr(layer, "gradient_checkpointing", False) for layer in base.layers):
             raise NotImplementedError("gradient checkpointing is not supported while routing is on; disable one of them")
         packed = sorted({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "block_table", "cache"} & kwargs.keys())
         if any(kwargs[name] is not None for name in packed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -49,6 +50,22 @@ class RoutingStats:
                     f"{field.name} must have shape ({size},) beside a plan of {rows} rows and {layers} layers, "
                     f"got {tuple(value.shape)}"
                 )
+
+    @classmethod
+    def concat(cls, batches: Sequence[RoutingStats]) -> RoutingStats:
+        """Several batches of one model as one: rows one after another, counts added. ValueError without a batch."""
+        if not batches:
+            raise ValueError("no batch to put together")
+        return cls(
+            plan=torch.cat([b.plan for b in batches]),
+            tokens=torch.cat([b.tokens for b in batches]),
+            cached=torch.cat([b.cached for b in batches]),
+            layer_rows=sum(b.layer_rows for b in batches),
+            layer_tokens=sum(b.layer_tokens for b in batches),
+            kv_bytes_per_token=torch.stack([b.kv_bytes_per_token for b in batches]).amax(0),
+            kv_window=batches[0].kv_window,
+            forwards=sum(b.forwards for b in batches),
+        )
 
     @property
     def layers_run(self) -> Tensor:
