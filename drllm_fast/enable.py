@@ -108,7 +108,7 @@ def routable_decoder(model: PreTrainedModel) -> nn.Module:
     kinds = set(getattr(config, "layer_types", None) or ()) - set(ROUTABLE_LAYERS)
     if kinds or getattr(config, "attention_chunk_size", None):
         refuse(f"it has layers of type {', '.join(sorted(kinds)) or 'chunked_attention'}")
-    if getattr(config, "num_kv_shared_layers", 0) or any(getattr(config, "kv_sharing_modes", None) or ()):
+    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
         refuse("its layers share keys and values")
     if not type(decoder)._can_set_attn_implementation():
         refuse("its attention does not go through the AttentionInterface")

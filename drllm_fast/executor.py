@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from drllm_fast.cache import KVSlot, RoutedCache
+from drllm_fast.ops import scatter_rows
 from drllm_fast.packed import PackedBatch, RowSet
 from drllm_fast.policies import PromptBatch, RoutingPolicy, check_decisions
 
@@ -80,7 +81,7 @@ class RoutedForward:
                 args_here = [self._rows_of(a, subset) for a in args]
                 kwargs_here = {k: self._rows_of(a, subset) for k, a in kwargs.items()}
                 out = forward(hidden.index_select(1, subset.index), *args_here, **kwargs_here)
-                hidden = hidden.index_copy(1, subset.index, self._checked(out))
+                hidden = scatter_rows(hidden[0], subset.index, self._checked(out)[0]).unsqueeze(0)
             self.layer_rows[layer] += len(rows)
             self.layer_tokens[layer] += subset.tokens
         return hidden

@@ -8,6 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from drllm_fast.ops import active_tokens
+
 
 @dataclass(frozen=True)
 class RowSet:
@@ -28,8 +30,7 @@ class RowSet:
 class PackedBatch:
     """The layout of one forward: B rows of S columns, of which row b has `lengths[b]` real tokens.
 
-    `real` is a bool mask [B, S] on the tokens' device, or None when every column of every row is real; then packing
-    and unpacking are views.
+    `real` is a bool mask [B, S], or None when every column of every row is real; then packing and unpacking are views.
     """
 
     def __init__(self, real: Tensor | None, batch: int, columns: int, device: torch.device):
@@ -38,6 +39,7 @@ class PackedBatch:
             self.lengths = [columns] * batch
             self.index = None
         else:
+            real = real.to(device)
             self.lengths = real.sum(1).tolist()
             self.index = real.reshape(-1).nonzero().squeeze(1)  # [T]
         self.offsets = [0, *accumulate(self.lengths)]
@@ -45,6 +47,7 @@ class PackedBatch:
         self.tokens = self.offsets[-1]
         self.everything = RowSet(tuple(range(batch)), self.lengths, None, self.tokens)
         self._sets: dict[tuple[tuple[int, ...], torch.device], RowSet] = {}
+        self._heads: dict[tuple[tuple[int, ...], torch.device], tuple[Tensor | None, Tensor]] = {}
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, S, ...] -> [1, T, ...]"""
@@ -53,18 +56,21 @@ class PackedBatch:
 
     def unpack(self, x: Tensor) -> Tensor:
         """[1, T, ...] -> [B, S, ...]. A column of padding repeats the last real token before it (the first of the row
-        where there is none), so that the last column of a right-padded row predicts the row's next token."""
+        where there is none), so that the last column of a right-padded row predicts the row's next token. A row
+        without tokens is zeros."""
         shape = (self.batch, self.columns, *x.shape[2:])
         if self.index is None:
             return x.reshape(shape)
+        if self.tokens == 0:
+            return x.new_zeros(shape)
         if self._nearest is None:
             within = (self._real.cumsum(1) - 1).clamp(min=0)
             starts = torch.tensor(self.offsets[:-1], device=self.device).clamp(max=self.tokens - 1)
             self._nearest = (within + starts.unsqueeze(1)).reshape(-1)
-        return x[0].index_select(0, self._nearest.to(x.device)).reshape(shape)
-
-    def cu_seqlens(self, device: torch.device) -> Tensor:
-        return torch.tensor(self.offsets, dtype=torch.int32, device=device)
+        out = x[0].index_select(0, self._nearest.to(x.device)).reshape(shape)
+        if 0 in self.lengths:
+            out[[row for row, n in enumerate(self.lengths) if n == 0]] = 0
+        return out
 
     def positions(self, past: list[int]) -> Tensor:
         """Positions [1, T]: each row counts on from the tokens it has already run, `past` [B]."""
@@ -77,14 +83,19 @@ class PackedBatch:
             return self.everything
         known = self._sets.get((rows, device))
         if known is None:
-            index = torch.cat([torch.arange(self.offsets[r], self.offsets[r + 1]) for r in rows]).to(device)
-            known = RowSet(rows, [self.lengths[r] for r in rows], index, len(index))
+            active = torch.zeros(self.batch, dtype=torch.int8)
+            active[list(rows)] = 1
+            index, _ = active_tokens(active, torch.tensor(self.offsets, dtype=torch.int32), at_least=1)
+            known = RowSet(rows, [self.lengths[r] for r in rows], index.to(device), len(index))
             self._sets[rows, device] = known
         return known
 
     def heads(self, lengths: list[int], device: torch.device) -> tuple[Tensor | None, Tensor]:
-        """The first lengths[b] tokens of each row: their index [P] (None for all tokens) and cu_seqlens [B + 1]."""
-        if lengths == self.lengths:
-            return None, self.cu_seqlens(device)
-        index = torch.cat([torch.arange(a, a + n) for a, n in zip(self.offsets, lengths, strict=False)]).to(device)
-        return index, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        """The first lengths[b] tokens of each row: their index [P] (None for all tokens) and cu_seqlens [B + 1].
+        Remembered, since every block's router asks for them."""
+        key = (tuple(lengths), device)
+        if key not in self._heads:
+            parts = [torch.arange(a, a + n) for a, n in zip(self.offsets, lengths, strict=False)]
+            index = None if list(lengths) == self.lengths else torch.cat(parts).to(device)
+            self._heads[key] = index, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        return self._heads[key]

@@ -26,7 +26,8 @@ FAMILIES = {
     "mistral": {"sliding_window": 7, "head_dim": 8},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 2, **SLIDING},
     "qwen3": {"head_dim": 8},
-    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, **SLIDING},
+    # eager: before 5.23 its sdpa left the soft cap out, here it is always applied
+    "gemma2": {"attn_implementation": "eager", "head_dim": 8, "query_pre_attn_scalar": 8, **SLIDING},
     "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, **SLIDING},
     "olmo2": {},
     "phi3": {"sliding_window": 7},
@@ -43,18 +44,22 @@ FAMILIES = {
 
 
 def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes):
-    """A random model of the family. Weights are large enough for layers to matter and logits to be told apart."""
+    """A random model of the family, 4 layers."""
     config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **changes})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "sinks" in name:
-                p.normal_(0, 1)
-            elif p.ndim >= 2:
-                p.normal_(0, 0.25)
-            elif "norm" in name:
-                p.add_(torch.randn_like(p) * 0.1)
+    return randomise(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
+
+
+@torch.no_grad()
+def randomise(model):
+    """Weights large enough for layers to matter and logits to be told apart."""
+    for name, p in model.named_parameters():
+        if "sinks" in name:
+            p.normal_(0, 1)
+        elif p.ndim >= 2:
+            p.normal_(0, 0.25)
+        elif "norm" in name:
+            p.add_(torch.randn_like(p) * 0.1)
     return model
 
 
