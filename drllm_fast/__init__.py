@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from transformers import PreTrainedModel
 
+from drllm_fast.build_info import build_info
 from drllm_fast.enable import disable_dynamic_routing, enable_dynamic_routing
 from drllm_fast.policies import GivenPlan, PromptBatch, RoutingPolicy
 
@@ -20,6 +21,7 @@ __all__ = [
     "PromptBatch",
     "RoutingPolicy",
     "__version__",
+    "build_info",
     "disable_dynamic_routing",
     "enable_dynamic_routing",
 ]

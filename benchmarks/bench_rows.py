@@ -1,0 +1,129 @@
+"""Rows of a packed batch: 16 sequences of equal length, of which 4 skip a block.
+
+    pytest benchmarks/bench_rows.py
+
+eager      as one would write it in torch without these ops
+compile    the same under torch.compile
+reference  the ops' reference implementation, called directly
+op         the op, as the executor calls it: C++ on the CPU where it is compiled
+"""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from drllm_fast import ops, rows_reference
+
+SEQUENCES = 16
+SKIPPED = (1, 6, 7, 12)
+SHAPES = [(2048, 576), (2048, 4096), (256, 576)]  # T, d
+DTYPE = torch.bfloat16
+
+implementations = pytest.mark.parametrize("implementation", ["eager", "compile", "reference", "op"])
+shapes = pytest.mark.parametrize(("T", "d"), SHAPES, ids=lambda n: str(n))
+
+
+@functools.cache
+def batch(tokens):
+    """decisions [B], cu_seqlens [B + 1], and the oracle's index [T'] of the tokens that run the block."""
+    decisions = torch.ones(SEQUENCES, dtype=torch.int8)
+    decisions[list(SKIPPED)] = 0
+    each = tokens // SEQUENCES
+    cu_seqlens = torch.arange(0, tokens + 1, each, dtype=torch.int32)
+    index = np.array([t for t in range(tokens) if t // each not in SKIPPED])
+    return decisions, cu_seqlens, index
+
+
+@functools.cache
+def rows(tokens, width, seed):
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)).to(DTYPE)
+
+
+def bits(x):
+    return x.view(torch.int16).numpy()
+
+
+def equals(expected):
+    def check(x):
+        np.testing.assert_array_equal(bits(x), expected)
+
+    return check
+
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function, dynamic=True)
+
+
+def eager_gather(x, index):
+    return x[index]
+
+
+@implementations
+@shapes
+def bench_gather_rows(race, implementation, T, d):
+    x, index = rows(T, d, 0), torch.from_numpy(batch(T)[2])
+    race(
+        {
+            "eager": lambda: eager_gather(x, index),
+            "compile": lambda: compiled(eager_gather)(x, index),
+            "reference": lambda: rows_reference.gather_rows(x, index),
+            "op": lambda: ops.gather_rows(x, index),
+        },
+        equals(bits(x)[batch(T)[2]]),
+    )
+
+
+def eager_scatter(x, index, y):
+    out = x.clone()
+    out[index] = y
+    return out
+
+
+@implementations
+@shapes
+def bench_scatter_rows(race, implementation, T, d):
+    x, index = rows(T, d, 0), torch.from_numpy(batch(T)[2])
+    y = rows(len(index), d, 1)
+    expected = bits(x).copy()
+    expected[batch(T)[2]] = bits(y)
+    race(
+        {
+            "eager": lambda: eager_scatter(x, index, y),
+            "compile": lambda: compiled(eager_scatter)(x, index, y),
+            "reference": lambda: rows_reference.scatter_rows(x, index, y),
+            "op": lambda: ops.scatter_rows(x, index, y),
+        },
+        equals(expected),
+    )
+
+
+def eager_active(decisions, cu_seqlens):
+    """With the sequences' bounds on the host, as a loop over them."""
+    starts = cu_seqlens.tolist()
+    kept = [row for row, decision in enumerate(decisions.tolist()) if decision >= 1]
+    index = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in kept])
+    ends = torch.tensor([0, *(starts[row + 1] - starts[row] for row in kept)]).cumsum(0, dtype=torch.int32)
+    return index, ends
+
+
+@pytest.mark.parametrize("implementation", ["eager", "reference", "op"])
+@pytest.mark.parametrize("T", [2048, 256])
+def bench_active_tokens(race, implementation, T):
+    decisions, cu_seqlens, expected = batch(T)
+
+    def check(result):
+        index, ends = result
+        np.testing.assert_array_equal(index.numpy(), expected)
+        np.testing.assert_array_equal(ends.numpy(), np.arange(0, len(expected) + 1, T // SEQUENCES))
+
+    race(
+        {
+            "eager": lambda: eager_active(decisions, cu_seqlens),
+            "reference": lambda: rows_reference.active_tokens(decisions, cu_seqlens, 1),
+            "op": lambda: ops.active_tokens(decisions, cu_seqlens, at_least=1),
+        },
+        check,
+    )

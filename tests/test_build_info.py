@@ -1,0 +1,66 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from drllm_fast import ops
+from drllm_fast.build_info import build_info, build_report
+
+ROW_OPS = {"active_tokens", "gather_rows", "scatter_rows"}
+
+
+def test_what_it_says_is_what_runs():
+    info = build_info()
+    assert json.loads(json.dumps(info)) == info
+    assert info["versions"]["torch"] == torch.__version__
+    assert info["cuda"]["torch_built_for"] == torch.version.cuda
+    assert info["ops"].keys() >= ROW_OPS
+    loaded = ops.EXTENSION_ERROR is None
+    assert info["extension"]["loaded"] is loaded
+    for name in ROW_OPS:
+        assert info["ops"][name]["cpu"]["implementation"] == ("C++" if loaded else "reference")
+        assert info["ops"][name]["cuda"]["implementation"] == "reference"
+
+
+def test_report_has_every_fact():
+    info, report = build_info(), build_report()
+    for name, found in info["versions"].items():
+        assert f"{name:14}{found or 'not installed'}" in report
+    for name in ROW_OPS:
+        assert report.count(f"op {name} ") == 2
+
+
+MISSING = "sys.modules['drllm_fast._C'] = None"
+BROKEN = """
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "drllm_fast._C":
+            raise ImportError("undefined symbol: torch_new_thing", name=name, path="_C.so")
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "why_not"),
+    [(MISSING, "not compiled"), (BROKEN, "compiled, but it cannot be loaded: undefined symbol: torch_new_thing")],
+    ids=["missing", "broken"],
+)
+def test_without_the_extension(before, why_not):
+    """The reference runs, and the report says why."""
+    script = f"""
+import json, sys
+{before}
+import torch
+from drllm_fast import ops
+from drllm_fast.build_info import build_info, build_report
+assert ops.gather_rows(torch.arange(6.).reshape(3, 2), torch.tensor([2])).tolist() == [[4, 5]]
+assert {why_not!r} in build_report()
+print(json.dumps(build_info()))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    info = json.loads(ran.stdout.splitlines()[-1])
+    assert not info["extension"]["loaded"] and info["extension"]["why_not"] == why_not
+    for name in ROW_OPS:
+        assert info["ops"][name]["cpu"] == {"implementation": "reference", "why": "the extension is not loaded"}
