@@ -6,7 +6,9 @@ from transformers import PreTrainedModel
 
 from drllm_fast.build_info import build_info
 from drllm_fast.enable import disable_dynamic_routing, enable_dynamic_routing
+from drllm_fast.influence import StaticPolicy
 from drllm_fast.policies import GivenPlan, PromptBatch, RoutingPolicy
+from drllm_fast.routers import LayerRouters
 
 try:
     __version__ = version("drllm-fast")
@@ -18,8 +20,10 @@ PreTrainedModel.disable_dynamic_routing = disable_dynamic_routing
 
 __all__ = [
     "GivenPlan",
+    "LayerRouters",
     "PromptBatch",
     "RoutingPolicy",
+    "StaticPolicy",
     "__version__",
     "build_info",
     "disable_dynamic_routing",

@@ -83,8 +83,8 @@ def forward_attention(
     else:
         if key is not visit.keys or value is not visit.values:
             raise NotImplementedError(
-                f"{type(module).__name__} changes keys or values between the cache and the attention, which dynamic routing "
-                "does not support; run this model inside `with model.routing.disabled():`"
+                f"{type(module).__name__} changes keys or values between the cache and the attention, which dynamic "
+                "routing does not support; run this model inside `with model.routing.disabled():`"
             )
         key, value, starts = slot.keys, slot.values, slot.starts
         total = [p + n - f for p, n, f in zip(past, new, slot.first, strict=True)]
@@ -141,7 +141,9 @@ def _segments(t: Tensor, start: int, step: int, rows: int, length: int) -> Tenso
     """Segments of equal length at equal distances in [1, H, N, D], as a view [rows, H, length, D]."""
     _, heads, _, dim = t.shape
     _, head, token, one = t.stride()
-    return t.as_strided((rows, heads, length, dim), (step * token, head, token, one), t.storage_offset() + start * token)
+    return t.as_strided(
+        (rows, heads, length, dim), (step * token, head, token, one), t.storage_offset() + start * token
+    )
 
 
 def _attend(q, k, v, scale, dropout, window, softcap, sinks) -> Tensor:

@@ -7,8 +7,10 @@ lengths as they were, and the next one overwrites what it had written.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from operator import add, le, sub
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,8 +37,8 @@ Schedule = list[tuple[tuple[int, ...], tuple[int, ...]]]
 class KVSlot:
     """Keys and values of one visit, [1, heads, N, head_dim]; row i of the slot owns a segment of N.
 
-    Segment i starts at starts[i], has room for room[i] tokens and holds the row's tokens from position first[i] on
-    (earlier ones fell out of a sliding window).
+    Segment i starts at starts[i], may be written up to room[i] tokens and holds the row's tokens from position first[i]
+    on (earlier ones fell out of a sliding window). Room is 0 in tensors that a forward or autograd may still look at.
     """
 
     def __init__(self) -> None:
@@ -46,31 +48,62 @@ class KVSlot:
         self.room: list[int] = []
         self.first: list[int] = []
 
-    def write(self, k: Tensor, v: Tensor, past: list[int], new: list[int], keep: int | None) -> None:
-        """Store new[i] tokens of row i at position past[i]. `keep`: past tokens a sliding window still needs."""
+    def write(self, k: Tensor, v: Tensor, past: list[int], new: list[int], keep: int | None) -> KVSlot:
+        """Store new[i] tokens of row i at position past[i]. `keep`: past tokens a sliding window still needs.
+
+        Returns the slot to attend to: this one, or the whole prompt where only its end is kept."""
         if self.keys is None:
-            self.keys, self.values = _owned(k), _owned(v)
-            self.starts, self.room, self.first = [0, *accumulate(new[:-1])], list(new), [0] * len(new)
-            return
-        if k.requires_grad or self.keys.requires_grad:
-            self._extend_by_concatenation(k, v, past, new)
-            return
-        at = [p - f for p, f in zip(past, self.first, strict=True)]  # in the row's segment
+            self._hold(_compact(k), _compact(v), new, first=[0] * len(new))
+            if keep is None or max(new) <= keep + GROWTH:
+                return self
+            whole = copy.copy(self)
+            self._grow(new, [0] * len(new), keep)
+            return whole
+        if torch.is_grad_enabled() or self.keys.requires_grad:
+            self._concatenate(k, v, past, new)
+            return self
+        at = list(map(sub, past, self.first))  # in the row's segment
         frozen = self.keys.is_inference() and not torch.is_inference_mode_enabled()
-        if frozen or any(a + n > room for a, n, room in zip(at, new, self.room, strict=True)):
+        if frozen or not all(map(le, map(add, at, new), self.room)):
             self._grow(past, new, keep)
-            at = [p - f for p, f in zip(past, self.first, strict=True)]
+            at = list(map(sub, past, self.first))
         if len(new) == 1:
             self.keys.narrow(2, at[0], new[0]).copy_(k)
             self.values.narrow(2, at[0], new[0]).copy_(v)
-            return
+            return self
         where = [s + a + i for s, a, n in zip(self.starts, at, new, strict=True) for i in range(n)]
         index = torch.tensor(where, device=k.device)
         self.keys.index_copy_(2, index, k)
         self.values.index_copy_(2, index, v)
+        return self
+
+    def take(self, sources: list[int], lengths: list[int], memo: dict) -> None:
+        """Row i becomes what row sources[i] was; `lengths` [old rows] are the tokens each old row has run."""
+        if sources == list(range(len(self.starts))):
+            return
+        if not sources:
+            self.__init__()
+            return
+        key = (tuple(self.starts), tuple(self.first), tuple(lengths), tuple(sources), self.keys.device)
+        if key not in memo:
+            # One token of room, for beam search: it comes back at every step, and more would be copied for nothing.
+            # What lies in it at first is a token of the next row: it is written before it is read.
+            ends = self.keys.shape[2] - 1
+            parts = [torch.arange(s := self.starts[i], s + lengths[i] - self.first[i] + 1) for i in sources]
+            memo[key] = torch.cat(parts).clamp(max=ends).to(self.keys.device)
+        index = memo[key]
+        self.keys, self.values = self.keys.index_select(2, index), self.values.index_select(2, index)
+        self.first = [self.first[i] for i in sources]
+        self.room = [lengths[i] - f + 1 for i, f in zip(sources, self.first, strict=True)]
+        self.starts = [0, *accumulate(self.room[:-1])]
 
     def bytes_per_token(self) -> int:
         return sum(t.shape[1] * t.shape[3] * t.element_size() for t in (self.keys, self.values))
+
+    def _hold(self, keys: Tensor, values: Tensor, held: list[int], first: list[int]) -> None:
+        """Rows of held[i] tokens end to end, in tensors that must not be written to."""
+        self.keys, self.values = keys, values
+        self.starts, self.room, self.first = [0, *accumulate(held[:-1])], [0] * len(held), first
 
     def _grow(self, past: list[int], new: list[int], keep: int | None) -> None:
         """Lay the segments out anew, with room to spare, dropping what no sliding window can reach any more."""
@@ -89,7 +122,7 @@ class KVSlot:
         self.keys, self.values = moved(self.keys), moved(self.values)
         self.starts, self.room, self.first = starts, room, first
 
-    def _extend_by_concatenation(self, k: Tensor, v: Tensor, past: list[int], new: list[int]) -> None:
+    def _concatenate(self, k: Tensor, v: Tensor, past: list[int], new: list[int]) -> None:
         # Autograd holds on to the keys that earlier steps used, so nothing may be written in place.
         offsets = [0, *accumulate(new)]
         kept = [p - f for p, f in zip(past, self.first, strict=True)]
@@ -100,29 +133,8 @@ class KVSlot:
                 parts += [old.narrow(2, self.starts[i], n), fresh.narrow(2, offsets[i], new[i])]
             return torch.cat(parts, dim=2)
 
-        self.keys, self.values = joined(self.keys, k), joined(self.values, v)
-        self.room = [a + b for a, b in zip(kept, new, strict=True)]
-        self.starts = [0, *accumulate(self.room[:-1])]
-
-    def take(self, sources: list[int], lengths: list[int], memo: dict) -> None:
-        """Row i becomes what row sources[i] was; `lengths` [old rows] are the tokens each old row has run."""
-        if not sources or self.keys is None:
-            self.__init__()
-            return
-        key = (tuple(self.starts), tuple(self.first), tuple(lengths), tuple(sources), self.keys.device)
-        if key not in memo:
-            kept = [lengths[s] - self.first[s] for s in sources]
-            room = [n + GROWTH for n in kept]
-            # Room to spare is filled with whatever lies at 0: it is written before it is read.
-            index = torch.cat([torch.arange(self.starts[s], self.starts[s] + n) for s, n in zip(sources, kept)])
-            pieces = []
-            for part in index.split(kept):
-                pieces += [part, part.new_zeros(GROWTH)]
-            memo[key] = torch.cat(pieces).to(self.keys.device), room
-        index, room = memo[key]
-        self.keys, self.values = self.keys.index_select(2, index), self.values.index_select(2, index)
-        self.starts, self.room = [0, *accumulate(room[:-1])], list(room)
-        self.first = [self.first[s] for s in sources]
+        held = [a + b for a, b in zip(kept, new, strict=True)]
+        self._hold(joined(self.keys, k), joined(self.values, v), held, self.first)
 
 
 class RoutedLayer(CacheLayerMixin):
@@ -165,11 +177,21 @@ class RoutedCache(DynamicCache):
         self._route(len(self.layers))
 
     @staticmethod
-    def convert(cache: DynamicCache, num_layers: int) -> None:
-        """Turn an empty `DynamicCache` into a `RoutedCache`. NotImplementedError / ValueError for any other cache."""
+    def convert(cache: DynamicCache, num_layers: int) -> Callable[[], None]:
+        """Turn an empty `DynamicCache` into a `RoutedCache`, and return what undoes it.
+
+        NotImplementedError, ValueError or TypeError for any other cache."""
         check_convertible(cache)
+        before = dict(cache.__dict__)
+
+        def undo() -> None:
+            cache.__class__ = DynamicCache
+            cache.__dict__.clear()
+            cache.__dict__.update(before)
+
         cache.__class__ = RoutedCache
         cache._route(num_layers)
+        return undo
 
     def _route(self, num_layers: int) -> None:
         old = dict(enumerate(self.layers))
@@ -223,8 +245,8 @@ class RoutedCache(DynamicCache):
         layer = self.layers[visit.layer]
         keep = None if layer.sliding_window is None or layer.record_past else layer.sliding_window - 1
         slot = layer.slots[visit.number]
-        slot.write(key_states, value_states, visit.past, visit.rows.lengths, keep)
-        visit.slot, visit.keys, visit.values = slot, key_states, value_states
+        visit.slot = slot.write(key_states, value_states, visit.past, visit.rows.lengths, keep)
+        visit.keys, visit.values = key_states, value_states
         return key_states, value_states
 
     def bytes_per_token(self) -> list[int]:
@@ -295,10 +317,11 @@ class RoutedCache(DynamicCache):
         if -tokens_to_remove > self.columns:
             raise ValueError(f"cannot remove {-tokens_to_remove} tokens from a cache of {self.columns}")
         columns = self.columns + tokens_to_remove
-        if self.real is None:
-            lengths = [n + tokens_to_remove for n in self.lengths]
-        else:
-            lengths = self.real[:, :columns].sum(1).tolist()
+        if columns == 0:  # nothing is left that a path was chosen for
+            self.reset()
+            return
+        real = None if self.real is None else self.real[:, :columns]
+        lengths = [n + tokens_to_remove for n in self.lengths] if real is None else real.sum(1).tolist()
         for index, layer in enumerate(self.layers):
             for number, slot in enumerate(layer.slots):
                 if slot.keys is None or not layer.is_sliding:
@@ -310,20 +333,25 @@ class RoutedCache(DynamicCache):
                             f"again (sliding window {layer.sliding_window}); call activate_past_recording() on the "
                             "cache before it fills"
                         )
-        self.lengths, self.columns = lengths, columns
-        self.real = None if self.real is None else self.real[:, :columns]
+        self.lengths, self.columns, self.real = lengths, columns, _unless_all(real)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._take(beam_idx.tolist())
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._take([row for row in range(len(self.lengths)) for _ in range(repeats)])
 
-    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
-        self._take(torch.arange(len(self.lengths))[torch.as_tensor(indices, device="cpu")].tolist())
+    def batch_select_indices(self, indices: Tensor | Sequence[int] | Sequence[bool]) -> None:
+        """Keep the rows `indices` (numbers, or one bool a row), in that order; with none, the cache is empty again."""
+        if self.lengths:
+            given = indices.cpu() if isinstance(indices, Tensor) else list(indices)
+            self._take(torch.arange(len(self.lengths))[given].tolist())
 
     def _take(self, sources: list[int]) -> None:
-        if not self.lengths or sources == list(range(len(self.lengths))):
+        if sources == list(range(len(self.lengths))):
+            return
+        if not sources:
+            self.reset()
             return
         schedule, memo = self.schedule, {}
         for index, layer in enumerate(self.layers):
@@ -332,7 +360,14 @@ class RoutedCache(DynamicCache):
                 slot.take([rank[s] for s in sources if s in rank], [self.lengths[r] for r in rows], memo)
         self.fix(self.plan[sources], self.decided_by)
         self.lengths = [self.lengths[s] for s in sources]
-        self.real = None if self.real is None else self.real[sources]
+        self.real = None if self.real is None else _unless_all(self.real[sources])
+
+    def __deepcopy__(self, memo: dict) -> RoutedCache:
+        # All of it but the policy, which may hold a model's routers, and what is never changed.
+        twin = memo[id(self)] = object.__new__(type(self))
+        shared = ("decided_by", "tally", "model")
+        twin.__dict__ = {k: v if k in shared else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
+        return twin
 
 
 def schedule_of(plan: Tensor) -> Schedule:
@@ -348,7 +383,8 @@ def check_convertible(cache: object) -> None:
     """Raise unless `cache` is an empty `DynamicCache` of plain attention layers."""
     if not isinstance(cache, Cache):
         raise TypeError(f"past_key_values must be a transformers Cache or None, given {type(cache).__name__}")
-    plain = type(cache) is DynamicCache and all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers)
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    plain = type(cache) is DynamicCache and all(type(layer) in known for layer in cache.layers)
     if not plain or cache.layer_class_to_replicate not in (None, DynamicLayer):
         kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])})
         raise NotImplementedError(
@@ -365,6 +401,11 @@ def check_convertible(cache: object) -> None:
         )
 
 
-def _owned(t: Tensor) -> Tensor:
+def _unless_all(real: Tensor | None) -> Tensor | None:
+    # Without padding no mask is needed, and None says so.
+    return None if real is None or bool(real.all()) else real
+
+
+def _compact(t: Tensor) -> Tensor:
     """`t` itself, unless it is a view that would keep a larger tensor (a fused qkv projection) alive."""
     return t if t.untyped_storage().nbytes() == t.numel() * t.element_size() else t.clone()

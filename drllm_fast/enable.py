@@ -14,11 +14,13 @@ from types import MethodType
 from torch import nn
 from transformers import PreTrainedModel
 
-from drllm_fast.attention import PREFIX, register
-from drllm_fast.executor import RoutedForward
 from drllm_fast.active import ACTIVE
+from drllm_fast.attention import PREFIX, register
+from drllm_fast.base_forward import base_forward
+from drllm_fast.executor import RoutedForward
 from drllm_fast.policies import as_policy
 from drllm_fast.routing import Routing, set_budget
+from drllm_fast.settings import changed
 
 ROUTABLE_LAYERS = ("full_attention", "sliding_attention")
 
@@ -77,9 +79,13 @@ def disable_dynamic_routing(model: nn.Module) -> nn.Module:
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, out of a PEFT wrapper."""
-    inner = model.get_base_model() if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model") else model
+    inner = (
+        model.get_base_model() if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model") else model
+    )
     if not isinstance(inner, PreTrainedModel):
-        raise TypeError(f"expected a transformers PreTrainedModel (or a PEFT model of one), given {type(model).__name__}")
+        raise TypeError(
+            f"expected a transformers PreTrainedModel (or a PEFT model of one), given {type(model).__name__}"
+        )
     return inner
 
 
@@ -88,9 +94,9 @@ def routable_decoder(model: PreTrainedModel) -> nn.Module:
 
     def refuse(reason: str):
         raise NotImplementedError(
-            f"{type(model).__name__} cannot be routed: {reason}. Supported are decoder-only models whose decoder layers "
-            "sit in `layers`, attend through transformers' AttentionInterface, fully or with a sliding window, and "
-            "keep their own keys and values (Llama, Mistral, Qwen, Gemma 2/3, Phi-3, OLMo, GPT-NeoX, ...)"
+            f"{type(model).__name__} cannot be routed: {reason}. Supported are decoder-only models whose decoder "
+            "layers sit in `layers`, attend through transformers' AttentionInterface, fully or with a sliding window, "
+            "and keep their own keys and values (Llama, Mistral, Qwen, Gemma 2/3, Phi-3, OLMo, GPT-NeoX, ...)"
         )
 
     config = model.config
@@ -128,10 +134,12 @@ def _windows(decoder: nn.Module) -> list[int]:
     config = decoder.config
     window = getattr(config, "sliding_window", None) or 0
     kinds = getattr(config, "layer_types", None)
-    return [window if kinds is None or kind == "sliding_attention" else 0 for kind in kinds or [None] * len(decoder.layers)]
+    return [
+        window if kinds is None or kind == "sliding_attention" else 0 for kind in kinds or [None] * len(decoder.layers)
+    ]
 
 
-# -- class swaps ------------------------------------------------------------------------------------------------------
+# -- class swaps
 def _routed_layer(original: type) -> dict:
     @functools.wraps(original.forward)
     def forward(self, hidden_states, *args, **kwargs):
@@ -148,7 +156,7 @@ def _routed_layer(original: type) -> dict:
 def _routed_base(original: type) -> dict:
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
-        return self._drllm_routing.forward(self, functools.partial(original.forward, self), *args, **kwargs)
+        return base_forward(self._drllm_routing, self, functools.partial(original.forward, self), *args, **kwargs)
 
     return {"forward": forward, "routing": property(lambda self: self._drllm_routing)}
 
@@ -165,10 +173,12 @@ def _routed_model(original: type) -> dict:
             )
         if kwargs.get("cache_implementation", getattr(generation_config, "cache_implementation", None)) == "paged":
             _no_continuous_batching()
-        prompt = next((x for x in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if x is not None), None)
+        prompt = next(
+            (x for x in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if x is not None), None
+        )
         columns = 1 if prompt is None else prompt.shape[1]  # without a prompt, generate starts from one BOS token
         own = kwargs.get("position_ids") is None
-        with self._drllm_routing._set(prompt_columns=columns, count_positions=own):
+        with changed(self._drllm_routing, prompt_columns=columns, count_positions=own):
             return original.generate(self, inputs, generation_config, *args, **kwargs)
 
     def refused(self, *args, **kwargs):
@@ -194,7 +204,9 @@ _RECIPES = {recipe.__name__: recipe for recipe in (_routed_layer, _routed_base, 
 
 @functools.cache
 def _subclass(original: type, recipe: str) -> type:
-    made = type(original.__name__, (original,), {"__module__": original.__module__, "__qualname__": original.__qualname__})
+    made = type(
+        original.__name__, (original,), {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    )
     # After the class exists: transformers wraps the forward of a layer's subclass when it is made.
     for name, value in _RECIPES[recipe](original).items():
         setattr(made, name, value)

@@ -1,11 +1,11 @@
 """One routed forward: every row of the batch runs its own list of blocks, tokens are never padded.
 
-    ids [B, S] + mask --pack--> ids [1, T]
-       Hugging Face's own base-model forward runs its own loop of layers on the packed tokens
-          at each layer:  the policy decides (prefill only) -> rows with 0, 1, 2
-             visit 1: gather rows with >= 1 -> the layer's own forward -> scatter
-             visit 2: gather rows with 2    -> the layer's own forward -> scatter
-    hidden [1, T, d] --unpack--> [B, S, d]
+ids [B, S] + mask --pack--> ids [1, T]
+   Hugging Face's own base-model forward runs its own loop of layers on the packed tokens
+      at each layer:  the policy decides (prefill only) -> rows with 0, 1, 2
+         visit 1: gather rows with >= 1 -> the layer's own forward -> scatter
+         visit 2: gather rows with 2    -> the layer's own forward -> scatter
+hidden [1, T, d] --unpack--> [B, S, d]
 """
 
 from __future__ import annotations

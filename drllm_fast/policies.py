@@ -78,7 +78,9 @@ def as_plan(plan: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
             plan = torch.as_tensor(plan)
         except (TypeError, ValueError, RuntimeError) as error:
             ragged = isinstance(plan, Sequence) and len({len(p) for p in plan if isinstance(p, Sequence)}) > 1
-            raise (ValueError if ragged else TypeError)(f"{'ragged plan' if ragged else f'not a plan: {plan!r:.80}'}; {allowed}") from error
+            raise (ValueError if ragged else TypeError)(
+                f"{'ragged plan' if ragged else f'not a plan: {plan!r:.80}'}; {allowed}"
+            ) from error
     if plan.numel() == 0 or plan.ndim not in (1, 2):
         raise ValueError(f"a plan of shape {tuple(plan.shape)}; {allowed}")
     if plan.is_floating_point() or plan.is_complex() or plan.dtype == torch.bool:
@@ -127,6 +129,6 @@ def as_policy(policy: object) -> RoutingPolicy:
     if isinstance(policy, Tensor | Sequence):
         return GivenPlan(policy)
     raise TypeError(
-        f"not a policy: {type(policy).__name__}; give a router checkpoint (folder or hub id), LayerRouters, a path [L], "
-        "a plan [B][L], or an object with a method route(layer, prompts)"
+        f"not a policy: {type(policy).__name__}; give a router checkpoint (folder or hub id), LayerRouters, a path "
+        "[L], a plan [B][L], or an object with a method route(layer, prompts)"
     )

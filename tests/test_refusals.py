@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import drllm_fast
-from drllm_fast import GivenPlan
+from drllm_fast import GivenPlan, LayerRouters, StaticPolicy
 
 PATH = [1, 2, 0, 1]
 ROW = prompts([9])[0]
@@ -41,7 +41,7 @@ def logits(model, row=ROW):
         return model(row[None]).logits
 
 
-# -- policies -------------------------------------------------------------------------------------------------------------
+# -- policies
 @pytest.mark.parametrize(
     ("policy", "error", "says"),
     [
@@ -119,13 +119,76 @@ def test_a_policy_that_answers_wrongly(model, answer, error, says):
     cache = DynamicCache(config=model.config)
     with pytest.raises(error, match=says):
         model(ROW[None], past_key_values=cache)
-    # The cache is empty again, and good for another try.
-    assert cache.get_seq_length() == 0
+    # The cache is what it was, and good for another try.
+    assert type(cache) is DynamicCache and cache.get_seq_length() == 0
     with model.routing.using([1] * LAYERS):
         assert model(ROW[None], past_key_values=cache).past_key_values.get_seq_length() == len(ROW)
 
 
-# -- plans and batches ----------------------------------------------------------------------------------------------------
+# -- routers
+def test_a_checkpoint_of_another_model(model, tmp_path):
+    LayerRouters.for_model(tiny("llama", seed=9)).save_pretrained(tmp_path / "other")
+    LayerRouters.for_model(tiny("llama", num_hidden_layers=5)).save_pretrained(tmp_path / "deeper")
+    before, dense = state(model), logits(model)
+    for name, says in (("other", "fingerprint|differ"), ("deeper", "5 layers.*has 4")):
+        with pytest.raises(ValueError, match=f"(?s){says}"):
+            model.enable_dynamic_routing(str(tmp_path / name))
+    assert state(model) == before and torch.equal(logits(model), dense)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "missing", "pickle"])
+def test_a_damaged_checkpoint(model, tmp_path, damage):
+    LayerRouters.for_model(model).save_pretrained(tmp_path)
+    weights = tmp_path / "routers.safetensors"
+    data = weights.read_bytes()
+    if damage == "truncated":
+        weights.write_bytes(data[: len(data) // 2])
+    elif damage == "garbage":
+        weights.write_bytes(b"\xff" * 100)
+    else:
+        weights.unlink()
+    if damage == "pickle":
+        torch.save({}, tmp_path / "pytorch_model.bin")
+    before = state(model)
+    with pytest.raises(OSError, match="routers.safetensors"):
+        model.enable_dynamic_routing(tmp_path)
+    assert state(model) == before
+    weights.write_bytes(data)
+    model.enable_dynamic_routing(tmp_path)
+    assert logits(model).isfinite().all()
+
+
+def test_nan_hidden_states_reach_a_router(model):
+    model.enable_dynamic_routing(LayerRouters.for_model(model, generator=torch.Generator().manual_seed(0)))
+    embeds = model.get_input_embeddings()(padded(prompts([4, 6]))["input_ids"])
+    embeds[1, 3] = torch.nan
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match=r"layer 0: the hidden states of rows \[1\] are not finite"):
+        model(inputs_embeds=embeds, past_key_values=cache)
+    assert type(cache) is DynamicCache and cache.get_seq_length() == 0
+    with pytest.raises(ValueError, match="keeps no budget"):
+        model.routing.budget = 0.5
+
+
+def test_a_static_policy_of_another_depth_or_an_impossible_budget(model):
+    before = state(model)
+    for policy, budget, says in (
+        (StaticPolicy(order=(1, 2), num_layers=5, criterion="cka", budget=1.0), None, "5 blocks, the model has 4"),
+        (StaticPolicy(order=(1, 2), num_layers=4, criterion="cka", budget=1.0), 0.25, "budget"),
+        (StaticPolicy(order=(1, 2), num_layers=4, criterion="cka", budget=1.0), float("nan"), "budget"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            model.enable_dynamic_routing(policy, budget=budget)
+    assert state(model) == before
+    model.enable_dynamic_routing(StaticPolicy(order=(1, 2), num_layers=4, criterion="cka", budget=1.0), budget=0.75)
+    logits(model)
+    assert model.routing.plan.tolist() == [[1, 0, 1, 1]]
+    model.routing.budget = 0.5
+    logits(model)
+    assert model.routing.plan.tolist() == [[1, 0, 0, 1]]
+
+
+# -- plans and batches
 def test_a_batch_that_the_plan_does_not_fit(model):
     model.enable_dynamic_routing([PATH, [1] * LAYERS])
     with pytest.raises(ValueError, match="2 paths and the batch 3 rows"):
@@ -181,7 +244,7 @@ def test_a_row_without_tokens(routed):
         routed(**batch)
 
 
-# -- caches ---------------------------------------------------------------------------------------------------------------
+# -- caches
 def test_caches_that_are_not_supported(routed):
     filled = DynamicCache(config=routed.config)
     with routed.routing.disabled(), torch.no_grad():
@@ -233,7 +296,7 @@ def test_prefix_tuning(model):
         wrapped(ROW[None])
 
 
-# -- modes ----------------------------------------------------------------------------------------------------------------
+# -- modes
 def test_modes_that_would_be_silently_wrong(routed):
     ids = ROW[None]
     with pytest.raises(NotImplementedError, match="prefill_chunk_size"):
@@ -287,7 +350,7 @@ def test_router_logits_of_a_mixture_of_experts():
         model(ROW[None], output_router_logits=True)
 
 
-# -- models ---------------------------------------------------------------------------------------------------------------
+# -- models
 SMALL = {k: v for k, v in COMMON.items() if k not in ("pad_token_id", "bos_token_id", "eos_token_id")}
 OUTSIDE = {
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4},
@@ -306,8 +369,8 @@ OUTSIDE = {
     },
     "gemma3n_text": {
         **SMALL, "head_dim": 8, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "intermediate_size": [48] * 4,
-        "activation_sparsity_pattern": [0.0] * 4,
+        "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
+        "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4,
     },
     "llama4_text": {**SMALL, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2},
     "xglm": {"vocab_size": 97, "d_model": 32, "num_layers": 4, "attention_heads": 4, "ffn_dim": 48},

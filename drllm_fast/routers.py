@@ -1,0 +1,283 @@
+"""Dr.LLM's routers: for each block a small perceptron that reads the prompt and chooses skip, execute or repeat.
+
+All routers of a model are four stacked tensors, so that a checkpoint is one small file and layer l is one slice. What
+they compute is in `drllm_fast.reference`; how a checkpoint folder looks is in `drllm_fast.router_files`.
+
+After Dr.LLM (arXiv 2510.12773): two linear layers, 128 wide, GELU in its tanh form, Xavier-uniform weights, zero
+biases, and at inference a knob from -1 to 1.
+"""
+
+from __future__ import annotations
+
+import os
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from drllm_fast import fingerprint, router_files
+from drllm_fast.policies import EXECUTE, REPEAT, SKIP, PromptBatch
+from drllm_fast.reference import CLASSES, pool_windows, router_logits
+
+PURE_ROUTER = -0.5  # the knob's position at which the routers alone decide
+
+# What the knob blends, by position. Between two neighbours the probabilities are mixed linearly.
+KNOB_ANCHORS = ((-1.0, SKIP), (PURE_ROUTER, None), (0.5, EXECUTE), (1.0, REPEAT))
+
+
+def choose(logits: Tensor, knob: float = PURE_ROUTER) -> Tensor:
+    """Decisions int8 [B] from logits [B, 3]: the most probable class after the knob's blend.
+
+    Skip and repeat must be strictly the most probable: every tie executes the block, as the dense model would.
+
+    The blend is p' = (1 - t) p_left + t p_right of the two neighbouring anchors: all skip at -1, the softmax of the
+    logits at -0.5, all execute at 0.5, all repeat at 1. An anchor that holds half of the mass wins, so that everything
+    is skipped below -0.75, executed from 0 to 0.75, repeated above; the routers have a say between -0.75 and 0.
+    """
+    scores = logits.float()
+    if knob != PURE_ROUTER:
+        right = next(i for i, (position, _) in enumerate(KNOB_ANCHORS) if i and knob <= position)
+        (start, left_class), (stop, right_class) = KNOB_ANCHORS[right - 1 : right + 1]
+        t = (knob - start) / (stop - start)
+        scores = (1 - t) * _anchor(scores, left_class) + t * _anchor(scores, right_class)
+    skip, execute, repeat = scores.unbind(-1)
+    decisions = torch.full_like(skip, EXECUTE, dtype=torch.int8)
+    decisions.masked_fill_(skip > torch.maximum(execute, repeat), SKIP)
+    return decisions.masked_fill_(repeat > torch.maximum(execute, skip), REPEAT)
+
+
+def _anchor(logits: Tensor, one_class: int | None) -> Tensor:
+    if one_class is None:
+        return logits.softmax(dim=-1)
+    return torch.zeros_like(logits).index_fill(-1, torch.tensor(one_class, device=logits.device), 1)
+
+
+class LayerRouters(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="drllm-fast",
+    tags=["dr-llm", "dynamic-depth", "layer-routing"],
+    pipeline_tag="text-generation",
+    paper_url="https://arxiv.org/abs/2510.12773",
+    model_card_template=router_files.CARD,
+):
+    """The routers of all layers of one model, and the policy that asks them.
+
+    w1 [L, h, d], b1 [L, h], w2 [L, 3, h], b2 [L, 3], fp32: L layers, h the width of a router, d the hidden size.
+
+    num_layers, hidden_size   L and d of the base model
+    router_size, windows      h, and into how many windows a prompt is pooled at most
+    knob                      see the property
+    base_model                {"name": str, "fingerprint": dict} of the model they were trained on; `bind` compares it.
+                              None: only L and d are compared
+    calibration, training_set, grader   what is known of the training, for the checkpoint's config and card: the table
+                              of penalty to expected budget, the hash of the training set, who judged the answers
+    generator                 for the initial weights
+
+    Raises TypeError or ValueError.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        hidden_size: int,
+        router_size: int = 128,
+        windows: int = 8,
+        knob: float = PURE_ROUTER,
+        base_model: dict[str, Any] | None = None,
+        calibration: Any = None,
+        training_set: str | None = None,
+        grader: str | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        self._hub_mixin_config = None  # the mixin's copy of these arguments, which would not follow later changes
+        sizes = {
+            "num_layers": num_layers, "hidden_size": hidden_size, "router_size": router_size, "windows": windows
+        }  # fmt: skip
+        for name, value in sizes.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if base_model is not None and not (isinstance(base_model, dict) and {"name", "fingerprint"} <= base_model.keys()):
+            raise ValueError(f"base_model must be None or a dict with name and fingerprint, got {base_model!r:.80}")
+        self.num_layers, self.hidden_size = num_layers, hidden_size
+        self.router_size, self.windows = router_size, windows
+        self.knob = knob
+        self.base_model = base_model
+        self.calibration, self.training_set, self.grader = calibration, training_set, grader
+
+        self.w1 = nn.Parameter(torch.empty(num_layers, router_size, hidden_size, dtype=torch.float32))
+        self.b1 = nn.Parameter(torch.empty(num_layers, router_size, dtype=torch.float32))
+        self.w2 = nn.Parameter(torch.empty(num_layers, CLASSES, router_size, dtype=torch.float32))
+        self.b2 = nn.Parameter(torch.empty(num_layers, CLASSES, dtype=torch.float32))
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Xavier-uniform weights, layer by layer, and zero biases."""
+        for weight in (*self.w1, *self.w2):
+            nn.init.xavier_uniform_(weight, generator=generator)
+        nn.init.zeros_(self.b1)
+        nn.init.zeros_(self.b2)
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        *,
+        router_size: int = 128,
+        windows: int = 8,
+        generator: torch.Generator | None = None,
+    ) -> LayerRouters:
+        """Untrained routers that fit a transformers model and carry its name and fingerprint.
+
+        A model loaded from a folder is named by the folder's last part. Raises NotImplementedError for a model without
+        a list of decoder layers.
+        """
+        decoder = fingerprint.decoder_of(model)
+        name = str(getattr(fingerprint.unwrap(model), "name_or_path", "") or decoder.config.model_type)
+        if os.path.isdir(name) or os.path.isabs(name):
+            name = Path(name).resolve().name  # where it lay on this machine is nobody's business
+        return cls(
+            num_layers=len(decoder.layers),
+            hidden_size=decoder.config.hidden_size,
+            router_size=router_size,
+            windows=windows,
+            base_model={"name": name, "fingerprint": fingerprint.fingerprint(model)},
+            generator=generator,
+        )
+
+    @property
+    def knob(self) -> float:
+        """From -1 (skip everything) over -0.5 (the routers as trained) and 0.5 (execute everything) to 1 (repeat
+        everything); `choose` says what lies between. TypeError or ValueError when set to anything else."""
+        return self._knob
+
+    @knob.setter
+    def knob(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"knob must be a number from -1 to 1, got {value!r}")
+        if not -1 <= value <= 1:  # NaN, too
+            raise ValueError(f"knob must be from -1 (all skip) over -0.5 (the routers alone) to 1 (all repeat), got {value}")
+        self._knob = float(value)
+
+    # -- the policy ---------------------------------------------------------------------------------------------------
+    def bind(self, model: nn.Module) -> None:
+        """ValueError unless the routers fit `model`: number of layers, hidden size, and base model where it is known."""
+        decoder = fingerprint.decoder_of(model)
+        given = (len(decoder.layers), decoder.config.hidden_size)
+        advice = "load the model that they were trained on, or make new ones with LayerRouters.for_model"
+        if given != (self.num_layers, self.hidden_size):
+            raise ValueError(
+                f"these routers are for {self.num_layers} layers of hidden size {self.hidden_size}, the model has "
+                f"{given[0]} of {given[1]}; {advice}"
+            )
+        if self.base_model is None:
+            return
+        try:
+            fingerprint.check(model, self.base_model["fingerprint"])
+        except ValueError as error:
+            raise ValueError(
+                f"these routers are for {self.base_model['name']!r}: {error}. Either {advice}; to use them on another "
+                "model at your own risk, set routers.base_model = None"
+            ) from error
+
+    def logits(self, layer: int, prompts: PromptBatch) -> Tensor:
+        """fp32 [B, 3] for the block `layer` from 0: one row for each prompt, the classes skip, execute and repeat.
+
+        The routers move to the device of layer 0's hidden states; for a layer on another device its slice is copied.
+        Differentiable. Raises IndexError for a layer there is not, ValueError for hidden states of another size and
+        for values that are not finite, naming layer and rows.
+        """
+        if not 0 <= layer < self.num_layers:
+            raise IndexError(f"layer must be from 0 to {self.num_layers - 1}, got {layer}")
+        hidden = prompts.hidden
+        if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:
+            raise ValueError(f"hidden must be [P, {self.hidden_size}], got {list(hidden.shape)}")
+        if layer == 0:
+            self.to(hidden.device)
+        pooled, counts = pool_windows(hidden, prompts.cu_seqlens, self.windows)
+        weights = (p[layer].to(hidden.device) for p in (self.w1, self.b1, self.w2, self.b2))
+        logits = router_logits(pooled, counts, *weights)
+        # The sum is enough to see a NaN or infinity of the pooled states, which a zero weight could hide.
+        finite = (logits.sum(dim=1) + pooled.sum(dim=(1, 2))).isfinite()
+        if not bool(finite.all()):
+            rows = (~finite).nonzero().flatten().tolist()
+            raise ValueError(
+                f"layer {layer}: the hidden states of rows {rows[:8]} are not finite, or overflow in the router; look "
+                "for NaN in the model's weights or inputs, and use bfloat16 or float32 if the model overflows float16"
+            )
+        return logits
+
+    @torch.no_grad()
+    def route(self, layer: int, prompts: PromptBatch) -> Tensor:
+        """int8 [B], for each prompt whether block `layer` is skipped (0), executed (1) or repeated (2)."""
+        return choose(self.logits(layer, prompts), self.knob)
+
+    def extra_repr(self) -> str:
+        base = "any" if self.base_model is None else repr(self.base_model["name"])
+        return (
+            f"num_layers={self.num_layers}, hidden_size={self.hidden_size}, router_size={self.router_size}, "
+            f"windows={self.windows}, knob={self.knob}, base_model={base}"
+        )
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+    def save_pretrained(self, save_directory: str | Path, *, config: None = None, **kwargs: Any) -> str | None:
+        """Write `config.json`, `routers.safetensors` and, unless there is one, a card `README.md` into a folder.
+
+        repo_id, push_to_hub, model_card_kwargs and the arguments of push_to_hub are those of huggingface_hub's
+        ModelHubMixin. `config` is there for its sake and must be None: the config is made from the routers.
+        """
+        if config is not None:
+            raise ValueError("config is written from the routers' own attributes; set those instead")
+        return super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+    ) -> LayerRouters:
+        """Read a checkpoint from a folder, or from the Hugging Face Hub by its id. On the CPU, in evaluation mode.
+
+        The remaining arguments are those of huggingface_hub and matter for the Hub only. Raises OSError, naming the
+        file, for one that is missing or damaged or cannot be fetched; ValueError for contents that are no routers.
+        """
+        # Not the mixin's own: it goes on without a config, and unpickles pytorch_model.bin where there are no
+        # safetensors.
+        config_file, weights_file = router_files.locate(
+            os.fspath(pretrained_model_name_or_path),
+            force_download=force_download,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            revision=revision,
+        )
+        config = router_files.read_config(config_file)
+        weights = router_files.read_weights(weights_file, config)
+        try:  # an own generator leaves the caller's random numbers alone
+            routers = cls(**config, generator=torch.Generator())
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{config_file}: {error}") from error
+        routers.load_state_dict(weights)
+        return routers.eval()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        router_files.write(save_directory, self.settings(), self.state_dict())
+
+    def settings(self) -> dict[str, Any]:
+        """What the constructor takes to build the same routers, weights apart; the part of config.json that varies."""
+        return {name: getattr(self, name) for name in router_files.SETTINGS}
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        return router_files.card(self.settings(), self._hub_mixin_info, **kwargs)

@@ -1,0 +1,40 @@
+"""What the context managers of a thread ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+from drllm_fast.policies import GivenPlan
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the context managers of this thread ask for, for one model."""
+
+    disabled: bool = False
+    plan: GivenPlan | None = None
+    context: tuple[int, ...] | None = None
+    prompt_columns: int | None = None  # set by generate: later columns are draft or answer tokens
+    count_positions: bool = False  # set by generate: its position_ids are its own, and go wrong after right padding
+
+
+# Per thread and task, settings by the id of the Routing they are for. Replaced, never changed.
+_SETTINGS: ContextVar[dict[int, Settings]] = ContextVar("drllm_fast_settings", default={})  # noqa: B039
+_DEFAULT = Settings()
+
+
+def current(routing: object) -> Settings:
+    return _SETTINGS.get().get(id(routing), _DEFAULT)
+
+
+@contextmanager
+def changed(routing: object, **changes) -> Iterator[None]:
+    """Inside, in this thread, `routing` has these settings as well."""
+    token = _SETTINGS.set({**_SETTINGS.get(), id(routing): replace(current(routing), **changes)})
+    try:
+        yield
+    finally:
+        _SETTINGS.reset(token)
