@@ -12,17 +12,15 @@ import functools
 from types import MethodType
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from drllm_fast.active import ACTIVE
 from drllm_fast.attention import PREFIX, register
 from drllm_fast.base_forward import base_forward
+from drllm_fast.decoder import routable_decoder, sliding_windows, unwrap
 from drllm_fast.executor import RoutedForward
 from drllm_fast.policies import as_policy
 from drllm_fast.routing import Routing, set_budget
 from drllm_fast.settings import changed
-
-ROUTABLE_LAYERS = ("full_attention", "sliding_attention")
 
 
 def enable_dynamic_routing(model: nn.Module, policy: object, *, budget: float | None = None) -> nn.Module:
@@ -49,7 +47,7 @@ def enable_dynamic_routing(model: nn.Module, policy: object, *, budget: float | 
     if budget is not None:
         set_budget(policy, budget)
     original = decoder.config._attn_implementation
-    routing = Routing(policy, num_layers, _windows(decoder), register(original))
+    routing = Routing(policy, num_layers, sliding_windows(decoder), register(original))
 
     decoder.config._attn_implementation = PREFIX + original
     for index, layer in enumerate(decoder.layers):
@@ -75,68 +73,6 @@ def disable_dynamic_routing(model: nn.Module) -> nn.Module:
     if name.startswith(PREFIX):  # else somebody has set another since
         decoder.config._attn_implementation = name.removeprefix(PREFIX)
     return model
-
-
-def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, out of a PEFT wrapper."""
-    inner = (
-        model.get_base_model() if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model") else model
-    )
-    if not isinstance(inner, PreTrainedModel):
-        raise TypeError(
-            f"expected a transformers PreTrainedModel (or a PEFT model of one), given {type(model).__name__}"
-        )
-    return inner
-
-
-def routable_decoder(model: PreTrainedModel) -> nn.Module:
-    """The module whose `layers` are routed. NotImplementedError, with the reason, if the model cannot be routed."""
-
-    def refuse(reason: str):
-        raise NotImplementedError(
-            f"{type(model).__name__} cannot be routed: {reason}. Supported are decoder-only models whose decoder "
-            "layers sit in `layers`, attend through transformers' AttentionInterface, fully or with a sliding window, "
-            "and keep their own keys and values (Llama, Mistral, Qwen, Gemma 2/3, Phi-3, OLMo, GPT-NeoX, ...)"
-        )
-
-    config = model.config
-    if config.is_encoder_decoder:
-        refuse("it is an encoder-decoder")
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(decoder, PreTrainedModel) or not isinstance(layers, nn.ModuleList) or not len(layers):
-        refuse("its decoder has no list of `layers`")
-    config = decoder.config
-    if len(layers) != config.num_hidden_layers:
-        refuse(f"it has {len(layers)} layers and a config of {config.num_hidden_layers}")
-    if not getattr(config, "is_causal", True):
-        refuse("its attention is bidirectional")
-    kinds = set(getattr(config, "layer_types", None) or ()) - set(ROUTABLE_LAYERS)
-    if kinds or getattr(config, "attention_chunk_size", None):
-        refuse(f"it has layers of type {', '.join(sorted(kinds)) or 'chunked_attention'}")
-    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
-        refuse("its layers share keys and values")
-    if not type(decoder)._can_set_attn_implementation():
-        refuse("its attention does not go through the AttentionInterface")
-    for index, layer in enumerate(layers):
-        attention = [m for m in layer.modules() if getattr(m, "layer_idx", None) is not None and m is not layer]
-        if not attention:
-            refuse(f"layer {index} has no attention with a `layer_idx`")
-        if any(not getattr(m, "is_causal", True) for m in attention):
-            refuse(f"the attention of layer {index} is not causal")
-        if any(getattr(m, "is_cross_attention", False) for m in attention):
-            refuse(f"layer {index} has cross-attention")
-    return decoder
-
-
-def _windows(decoder: nn.Module) -> list[int]:
-    """The sliding window of each layer, 0 for full attention."""
-    config = decoder.config
-    window = getattr(config, "sliding_window", None) or 0
-    kinds = getattr(config, "layer_types", None)
-    return [
-        window if kinds is None or kind == "sliding_attention" else 0 for kind in kinds or [None] * len(decoder.layers)
-    ]
 
 
 # -- class swaps

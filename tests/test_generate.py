@@ -162,7 +162,9 @@ def test_a_cached_prefix_is_copied_for_several_questions(model):
         cache = model(prefix[None], past_key_values=cache).past_key_values
     for question in questions:
         ids = torch.cat([prefix, question])[None]
-        out = model.generate(ids, past_key_values=copy.deepcopy(cache), do_sample=False, max_new_tokens=4, pad_token_id=0)
+        out = model.generate(
+            ids, past_key_values=copy.deepcopy(cache), do_sample=False, max_new_tokens=4, pad_token_id=0
+        )
         assert out[0, ids.shape[1] :].tolist() == greedy(stack, ids[0], 4)[0].tolist()
     assert cache.get_seq_length() == len(prefix)
 

@@ -44,7 +44,11 @@ def test_stats_count_what_ran():
     # An oracle of its own: count the tokens that reach each block's MLP.
     hooks = [layer.mlp.register_forward_hook(count(i)) for i, layer in enumerate(model.model.layers)]
     out = model.generate(
-        **padded(prompts(lengths)), max_new_tokens=new, min_new_tokens=new, return_dict_in_generate=True, do_sample=False
+        **padded(prompts(lengths)),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        return_dict_in_generate=True,
+        do_sample=False,
     )
     for hook in hooks:
         hook.remove()
