@@ -48,8 +48,9 @@ class KVSlot:
         self.room: list[int] = []
         self.first: list[int] = []
 
-    def write(self, k: Tensor, v: Tensor, past: list[int], new: list[int], keep: int | None) -> KVSlot:
-        """Store new[i] tokens of row i at position past[i]. `keep`: past tokens a sliding window still needs.
+    def write(self, k: Tensor, v: Tensor, past: list[int], new: list[int], keep: int | None, memo: dict) -> KVSlot:
+        """Store new[i] tokens of row i at position past[i]. `keep`: past tokens a sliding window still needs. `memo`:
+        where the tokens of this forward go, for slots that are laid out alike.
 
         Returns the slot to attend to: this one, or the whole prompt where only its end is kept."""
         if self.keys is None:
@@ -71,8 +72,11 @@ class KVSlot:
             self.keys.narrow(2, at[0], new[0]).copy_(k)
             self.values.narrow(2, at[0], new[0]).copy_(v)
             return self
-        where = [s + a + i for s, a, n in zip(self.starts, at, new, strict=True) for i in range(n)]
-        index = torch.tensor(where, device=k.device)
+        key = (*self.starts, *at, *new, k.device)
+        index = memo.get(key)
+        if index is None:
+            where = [s + a + i for s, a, n in zip(self.starts, at, new, strict=True) for i in range(n)]
+            memo[key] = index = torch.tensor(where, device=k.device)
         self.keys.index_copy_(2, index, k)
         self.values.index_copy_(2, index, v)
         return self
@@ -87,10 +91,11 @@ class KVSlot:
         key = (tuple(self.starts), tuple(self.first), tuple(lengths), tuple(sources), self.keys.device)
         if key not in memo:
             # One token of room, for beam search: it comes back at every step, and more would be copied for nothing.
-            # What lies in it at first is a token of the next row: it is written before it is read.
-            ends = self.keys.shape[2] - 1
-            parts = [torch.arange(s := self.starts[i], s + lengths[i] - self.first[i] + 1) for i in sources]
-            memo[key] = torch.cat(parts).clamp(max=ends).to(self.keys.device)
+            # It is filled with whatever lies at 0, and written before it is read.
+            parts, spare = [], torch.zeros(1, dtype=torch.int64)
+            for i in sources:
+                parts += [torch.arange(self.starts[i], self.starts[i] + lengths[i] - self.first[i]), spare]
+            memo[key] = torch.cat(parts).to(self.keys.device)
         index = memo[key]
         self.keys, self.values = self.keys.index_select(2, index), self.values.index_select(2, index)
         self.first = [self.first[i] for i in sources]
@@ -212,6 +217,7 @@ class RoutedCache(DynamicCache):
         self.tally: object | None = None
         self.model: Callable[[], nn.Module | None] | None = None  # weak: a cache keeps no model alive
         self._schedule: Schedule | None = None
+        self._where: dict[tuple, Tensor] = {}  # of the forward that is running, see KVSlot.write
 
     # -- the executor's side ------------------------------------------------------------------------------------
     @property
@@ -233,6 +239,7 @@ class RoutedCache(DynamicCache):
         past = self.lengths or [0] * len(lengths)
         self.lengths = [p + n for p, n in zip(past, lengths, strict=True)]
         self.columns += columns
+        self._where.clear()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         forward = ACTIVE.get()
@@ -245,7 +252,7 @@ class RoutedCache(DynamicCache):
         layer = self.layers[visit.layer]
         keep = None if layer.sliding_window is None or layer.record_past else layer.sliding_window - 1
         slot = layer.slots[visit.number]
-        visit.slot = slot.write(key_states, value_states, visit.past, visit.rows.lengths, keep)
+        visit.slot = slot.write(key_states, value_states, visit.past, visit.rows.lengths, keep, self._where)
         visit.keys, visit.values = key_states, value_states
         return key_states, value_states
 
@@ -339,6 +346,8 @@ class RoutedCache(DynamicCache):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        if repeats < 1:
+            raise ValueError(f"repeats must be at least 1, given {repeats}")
         self._take([row for row in range(len(self.lengths)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor | Sequence[int] | Sequence[bool]) -> None:

@@ -216,7 +216,7 @@ def calibration_texts() -> list[str]:
     return [passage.strip() for passage in file.read_text(encoding="utf-8").split("\n----\n")]
 
 
-def _prompts(decoder: nn.Module, tokenizer: Callable[[str], Any], texts: Iterable[str], max_tokens: int) -> list[Tensor]:
+def _prompts(decoder: Any, tokenizer: Callable[[str], Any], texts: Iterable[str], max_tokens: int) -> list[Tensor]:
     """The first `max_tokens` tokens of the texts as prompts [1, n], none longer than the model's positions."""
     if isinstance(texts, str):
         raise ValueError("texts must be a list of strings, got one string; give [text]")
@@ -236,7 +236,7 @@ def _prompts(decoder: nn.Module, tokenizer: Callable[[str], Any], texts: Iterabl
     return prompts
 
 
-def _states(decoder: nn.Module, prompts: list[Tensor], removed: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+def _states(decoder: Any, prompts: list[Tensor], removed: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
     """What enters and leaves each remaining block, x and y [N, d], over all tokens of the prompts.
 
     Prompts run one at a time, so that there is no padding that could enter the statistics.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -26,6 +28,11 @@ RANGES_WIDTH = 18
 COLOURS = {SKIP: "#E69F00", EXECUTE: "#E3E8EE", REPEAT: "#0072B2"}  # orange and blue of Okabe and Ito, pale in between
 NAMES = {SKIP: "skip", EXECUTE: "execute", REPEAT: "repeat"}
 FORMATS = (".png", ".svg", ".pdf")
+
+
+def stdout_console() -> Console:
+    """For tables on stdout: as wide as the terminal, or wide enough where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def ranges(numbers: Iterable[int], width: int = RANGES_WIDTH) -> str:
@@ -57,6 +64,15 @@ def human_bytes(count: int) -> str:
     if unit == "B":
         return f"{count} B"
     return f"{size:.{2 if size < 9.995 else 1 if size < 99.95 else 0}f} {unit}"
+
+
+def human_pair(held: int, dense: int) -> str:
+    """Two counts of bytes in the unit of the second: '1.17 / 1.21 MiB'."""
+    number, unit = human_bytes(dense).split()
+    if unit == "B":
+        return f"{held} / {dense} B"
+    size = held / 1024 ** ("KiB", "MiB", "GiB", "TiB").index(unit) / 1024
+    return f"{size:.{len(number.partition('.')[2])}f} / {number} {unit}"
 
 
 def row_labels(labels: Sequence[Any] | None, rows: int, tokenizer: Any = None) -> list[str]:
@@ -102,14 +118,15 @@ def summary_table(stats: RoutingStats, tokenizer: Any = None, labels: Sequence[A
         _count(int((plan == SKIP).sum()), "skip"),
         _count(int((plan == REPEAT).sum()), "repeat"),
         f"{100 * stats.share:.1f} %",
-        f"{human_bytes(stats.kv_bytes)} / {human_bytes(stats.kv_bytes_dense)}",
+        human_pair(stats.kv_bytes, stats.kv_bytes_dense),
     ]
-    table = Table(show_footer=True)
-    table.add_column("prompt", footer[0], min_width=12)  # the only column that may shrink
+    # Fits 80 columns for short lists of blocks; prompts shrink first, then those lists fold.
+    table = Table(show_footer=True, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("prompt", footer[0], min_width=10)
     table.add_column("tokens", footer[1], justify="right", no_wrap=True)
     table.add_column("layers run", footer[2], justify="right", no_wrap=True)
-    table.add_column("skipped", footer[3], no_wrap=True)
-    table.add_column("repeated", footer[4], no_wrap=True)
+    table.add_column("skipped", footer[3])
+    table.add_column("repeated", footer[4])
     table.add_column("share", footer[5], justify="right", no_wrap=True)
     table.add_column("KV held / dense", footer[6], justify="right", no_wrap=True)
     for row, name in enumerate(first):
@@ -123,7 +140,7 @@ def summary_table(stats: RoutingStats, tokenizer: Any = None, labels: Sequence[A
             ranges((plan[row] == SKIP).nonzero()[:, 0].tolist()),
             ranges((plan[row] == REPEAT).nonzero()[:, 0].tolist()),
             f"{100 * share[row]:.1f} %",
-            f"{human_bytes(kv[row])} / {human_bytes(dense[row])}",
+            human_pair(kv[row], dense[row]),
         )
     return table
 
@@ -134,7 +151,7 @@ def summary(
     """`summary_table` as plain text, `width` columns wide."""
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
     console.print(summary_table(stats, tokenizer, labels))
-    return console.file.getvalue().rstrip("\n")
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")
 
 
 def plot_plan(

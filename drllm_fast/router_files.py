@@ -41,7 +41,7 @@ CARD = """---
 # Layer routers for {{ base_name }}
 
 For each of the {{ num_layers }} layers of the frozen base model a small router decides, once for each prompt, whether
-the layer is skipped, executed, or executed twice (the method of Dr.LLM, [paper]({{ paper_url }})). The folder holds
+the layer is skipped, executed, or executed twice, by the method of [Dr.LLM]({{ paper_url }}). This folder holds the
 routers only, {{ parameters }} parameters; the base model is loaded as usual and its weights are not changed.
 
 ```python
@@ -83,7 +83,7 @@ def locate(name: str, **hub: Any) -> tuple[Path, Path]:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The constructor's arguments. OSError for a file that is not JSON, ValueError for one that means something else."""
+    """The constructor's arguments. OSError for one that is not JSON, ValueError for other contents."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, not UTF-8
@@ -103,15 +103,18 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def read_weights(file: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """fp32 tensors of the shapes that the config asks for. OSError for a damaged file, ValueError for other contents."""
+    """fp32 tensors of the shapes that the config asks for. OSError for a damaged file, ValueError for others."""
     try:
         weights = load_file(file)
     except (SafetensorError, OSError) as error:
         raise OSError(f"{file} is damaged or unreadable: {error}; fetch or write the checkpoint again") from error
     layers, hidden_size, width = (config[name] for name in ("num_layers", "hidden_size", "router_size"))
     expected = {
-        "w1": [layers, width, hidden_size], "b1": [layers, width], "w2": [layers, CLASSES, width], "b2": [layers, CLASSES]
-    }  # fmt: skip
+        "w1": [layers, width, hidden_size],
+        "b1": [layers, width],
+        "w2": [layers, CLASSES, width],
+        "b2": [layers, CLASSES],
+    }
     found = {name: list(tensor.shape) for name, tensor in weights.items()}
     if found != expected:
         raise ValueError(f"{file} holds {found}, but the config beside it asks for {expected}")

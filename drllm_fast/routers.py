@@ -80,6 +80,8 @@ class LayerRouters(
     Raises TypeError or ValueError.
     """
 
+    _knob: float
+
     def __init__(
         self,
         *,
@@ -104,7 +106,8 @@ class LayerRouters(
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if base_model is not None and not (isinstance(base_model, dict) and {"name", "fingerprint"} <= base_model.keys()):
+        known = isinstance(base_model, dict) and {"name", "fingerprint"} <= base_model.keys()
+        if base_model is not None and not known:
             raise ValueError(f"base_model must be None or a dict with name and fingerprint, got {base_model!r:.80}")
         self.num_layers, self.hidden_size = num_layers, hidden_size
         self.router_size, self.windows = router_size, windows
@@ -163,12 +166,14 @@ class LayerRouters(
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"knob must be a number from -1 to 1, got {value!r}")
         if not -1 <= value <= 1:  # NaN, too
-            raise ValueError(f"knob must be from -1 (all skip) over -0.5 (the routers alone) to 1 (all repeat), got {value}")
+            raise ValueError(
+                f"knob must be from -1 (all skip) over -0.5 (routers alone) to 1 (all repeat), got {value}"
+            )
         self._knob = float(value)
 
     # -- the policy ---------------------------------------------------------------------------------------------------
     def bind(self, model: nn.Module) -> None:
-        """ValueError unless the routers fit `model`: number of layers, hidden size, and base model where it is known."""
+        """ValueError unless the routers fit `model`: number of layers, hidden size, and base model if it is known."""
         decoder = fingerprint.decoder_of(model)
         given = (len(decoder.layers), decoder.config.hidden_size)
         advice = "load the model that they were trained on, or make new ones with LayerRouters.for_model"
@@ -191,21 +196,22 @@ class LayerRouters(
         """fp32 [B, 3] for the block `layer` from 0: one row for each prompt, the classes skip, execute and repeat.
 
         The routers move to the device of layer 0's hidden states; for a layer on another device its slice is copied.
-        Differentiable. Raises IndexError for a layer there is not, ValueError for hidden states of another size and
+        Differentiable. Raises ValueError for a layer there is not, for hidden states of another size, and
         for values that are not finite, naming layer and rows.
         """
         if not 0 <= layer < self.num_layers:
-            raise IndexError(f"layer must be from 0 to {self.num_layers - 1}, got {layer}")
+            raise ValueError(f"layer must be from 0 to {self.num_layers - 1}, got {layer}")
         hidden = prompts.hidden
         if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:
             raise ValueError(f"hidden must be [P, {self.hidden_size}], got {list(hidden.shape)}")
-        if layer == 0:
-            self.to(hidden.device)
+        if layer == 0 and self.w1.device != hidden.device:
+            with torch.inference_mode(False):  # parameters moved in inference mode could not be trained any more
+                self.to(hidden.device)
         pooled, counts = pool_windows(hidden, prompts.cu_seqlens, self.windows)
         weights = (p[layer].to(hidden.device) for p in (self.w1, self.b1, self.w2, self.b2))
         logits = router_logits(pooled, counts, *weights)
-        # The sum is enough to see a NaN or infinity of the pooled states, which a zero weight could hide.
-        finite = (logits.sum(dim=1) + pooled.sum(dim=(1, 2))).isfinite()
+        # No NaN or infinity of a window gets lost on the way: 0 * inf and gelu(-inf) are NaN.
+        finite = logits.isfinite().all(dim=1)
         if not bool(finite.all()):
             rows = (~finite).nonzero().flatten().tolist()
             raise ValueError(
@@ -227,7 +233,9 @@ class LayerRouters(
         )
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
-    def save_pretrained(self, save_directory: str | Path, *, config: None = None, **kwargs: Any) -> str | None:
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, config: None = None, **kwargs: Any
+    ) -> str | None:
         """Write `config.json`, `routers.safetensors` and, unless there is one, a card `README.md` into a folder.
 
         repo_id, push_to_hub, model_card_kwargs and the arguments of push_to_hub are those of huggingface_hub's
@@ -238,7 +246,7 @@ class LayerRouters(
         return super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,

@@ -75,7 +75,7 @@ class RoutingStats:
     @property
     def visits(self) -> Tensor:
         """[B, L] int64: token visits that the plan asks for, `plan * tokens`."""
-        return self.plan.long() * self.tokens[:, None]
+        return self.plan * self.tokens[:, None]
 
     @property
     def visits_run(self) -> int:

@@ -52,7 +52,7 @@ class Tally:
         numbers = (self.tokens, self.cached, self.layer_rows, self.layer_tokens, self.bytes_per_token, windows)
         tokens, cached, rows, visited, size, window = (torch.tensor(n, dtype=torch.int64) for n in numbers)
         return RoutingStats(
-            plan=self.plan,
+            plan=self.plan.clone(),  # the cache goes by this one
             tokens=tokens,
             cached=cached,
             layer_rows=rows,
