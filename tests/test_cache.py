@@ -503,6 +503,8 @@ def test_a_sliding_window_keeps_the_end_of_a_long_prompt():
     assert [slot.keys.shape[2] for slot in slots(cache)] == [WINDOW - 1 + GROWTH, 200, 200, 200]
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         cache.crop(-1)
+    cache = filled(model, [A, row], [[1, 0, 0, 0]] * 2)  # a short row beside it
+    assert slots(cache)[0].keys.shape[2] == len(A) + WINDOW - 1 + 2 * GROWTH and slots(cache)[0].first == [0, 194]
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
     filled(model, [row], [[1, 1, 0, 2]], cache)
@@ -527,6 +529,15 @@ def test_a_slot_is_seldom_copied(window, steps, copies):
         held = list(range(first, steps))
         assert slot.keys[0, 0, start : start + len(held), 0].tolist() == held
         assert slot.values[0, 0, start : start + len(held), 0].tolist() == [-p for p in held]
+
+
+def test_where_tokens_went_is_forgotten_after_each_forward():
+    model = routed("llama")
+    cache = filled(model)
+    mask = torch.tensor([[0] * 4 + [1] * 6, [1] * 10])
+    with torch.no_grad():
+        model(torch.tensor([[3], [4]]), attention_mask=mask, past_key_values=cache)
+    assert cache.lengths == [6, 10] and not cache._where
 
 
 def test_a_fused_projection_is_not_kept_alive():
