@@ -70,7 +70,7 @@ def forward_attention(
     **kwargs,
 ) -> Tensor:
     """Attention of the visit that is running; query [1, H, T', D], the keys and values from the visit's KV slot."""
-    if kwargs and (unknown := [k for k, v in kwargs.items() if v is not None and k not in HARMLESS]):
+    if unknown := [name for name in kwargs.keys() - HARMLESS if kwargs[name] is not None]:
         raise NotImplementedError(
             f"{type(module).__name__} passes {', '.join(unknown)} to its attention, which dynamic routing does not "
             "support; run this model inside `with model.routing.disabled():`"
@@ -116,23 +116,21 @@ def ragged_attention(
     c * tanh(score / c); `sinks` [H] adds one score a head that takes part in the softmax and has no value.
     """
     if len(new) == 1:
-        if starts[0] or total[0] != keys.shape[2]:
-            keys, values = (t.narrow(2, starts[0], total[0]) for t in (keys, values))
-        return _attend(query, keys, values, scale, dropout, window, softcap, sinks).transpose(1, 2)
+        k, v = keys.narrow(2, starts[0], total[0]), values.narrow(2, starts[0], total[0])
+        return _attend(query, k, v, scale, dropout, window, softcap, sinks)
     same = len(set(new)) == 1 and len(set(total)) == 1
     step = starts[1] - starts[0] if same else 0
     if same and step and all(b - a == step for a, b in zip(starts, starts[1:], strict=False)):
         # Equal rows at equal distances are an ordinary batch, seen through strides.
         q = query.unflatten(2, (len(new), new[0]))[0].transpose(0, 1)  # [R, H, n, D]
         k, v = (_segments(t, starts[0], step, len(new), total[0]) for t in (keys, values))
-        out = _attend(q, k, v, scale, dropout, window, softcap, sinks)  # [R, H, n, D_v]
-        return out.transpose(1, 2).flatten(0, 1).unsqueeze(0)
+        return _attend(q, k, v, scale, dropout, window, softcap, sinks).flatten(0, 1).unsqueeze(0)
     parts, at = [], 0
     for n, start, length in zip(new, starts, total, strict=True):
         if n:
             q = query.narrow(2, at, n)
             k, v = keys.narrow(2, start, length), values.narrow(2, start, length)
-            parts.append(_attend(q, k, v, scale, dropout, window, softcap, sinks).transpose(1, 2))
+            parts.append(_attend(q, k, v, scale, dropout, window, softcap, sinks))
         at += n
     return torch.cat(parts, dim=1)
 
@@ -147,7 +145,8 @@ def _segments(t: Tensor, start: int, step: int, rows: int, length: int) -> Tenso
 
 
 def _attend(q, k, v, scale, dropout, window, softcap, sinks) -> Tensor:
-    """One batch of equal rows: q [R, H, n, D], k and v [R, H_kv, m, D] with m >= n, the queries being the last n."""
+    """One batch of equal rows: q [R, H, n, D], k and v [R, H_kv, m, D] with m >= n, the queries being the last n.
+    -> [R, n, H, D_v]"""
     n, m = q.shape[2], k.shape[2]
     if window is not None and m > window + n - 1:  # nothing older is in sight
         k, v = (t.narrow(2, m - (window + n - 1), window + n - 1) for t in (k, v))
@@ -160,12 +159,12 @@ def _attend(q, k, v, scale, dropout, window, softcap, sinks) -> Tensor:
             # (2.4x at 64 keys, 6x at 1024 in bf16 against enable_gqa).
             packed = q.reshape(q.shape[0], kv_heads, groups, q.shape[3])
             out = F.scaled_dot_product_attention(packed, k, v, None, dropout, scale=scale)
-            return out.reshape(q.shape[0], q.shape[1], 1, v.shape[3])
+            return out.reshape(q.shape[0], 1, q.shape[1], v.shape[3])
         plain = n == 1 or (n == m and not windowed)
         mask = None if plain else causal_mask(n, m, window, q.device)
         return F.scaled_dot_product_attention(
             q, k, v, mask, dropout, is_causal=plain and n > 1, scale=scale, enable_gqa=groups > 1
-        )
+        ).transpose(1, 2)
     grouped = q.reshape(q.shape[0], kv_heads, groups * n, q.shape[3])
     scores = grouped @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores.view(q.shape[0], q.shape[1], n, m)
@@ -179,7 +178,7 @@ def _attend(q, k, v, scale, dropout, window, softcap, sinks) -> Tensor:
         scores = torch.cat([scores, sinks], dim=-1)
     weights = F.dropout(scores.softmax(-1)[..., :m].to(v.dtype), dropout)
     out = weights.reshape(q.shape[0], kv_heads, groups * n, m) @ v
-    return out.view(q.shape[0], q.shape[1], n, v.shape[3])
+    return out.view(q.shape[0], q.shape[1], n, v.shape[3]).transpose(1, 2)
 
 
 def causal_mask(n: int, m: int, window: int | None, device: torch.device) -> Tensor:

@@ -82,9 +82,7 @@ def _routed_layer(original: type) -> dict:
         run: RoutedForward | None = ACTIVE.get()
         if run is None or run.owner is not self._drllm_routing:
             return original.forward(self, hidden_states, *args, **kwargs)
-        return run.run_layer(
-            self._drllm_layer, functools.partial(original.forward, self), hidden_states, *args, **kwargs
-        )
+        return run.run_layer(self, original.forward, hidden_states, *args, **kwargs)
 
     return {"forward": forward}
 

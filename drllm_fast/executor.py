@@ -14,7 +14,7 @@ from collections.abc import Callable
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drllm_fast.cache import KVSlot, RoutedCache
 from drllm_fast.ops import scatter_rows
@@ -63,8 +63,9 @@ class RoutedForward:
         self.layer_rows, self.layer_tokens = [0] * num_layers, [0] * num_layers
         self._moved: dict[tuple, tuple[object, object]] = {}
 
-    def run_layer(self, layer: int, forward: Callable[..., Tensor], hidden: Tensor, *args, **kwargs) -> Tensor:
-        """All visits of one block: hidden [1, T, d] -> [1, T, d]. `forward` is the layer's own."""
+    def run_layer(self, module: nn.Module, forward: Callable[..., Tensor], hidden: Tensor, *args, **kwargs) -> Tensor:
+        """All visits of one block, `module`, whose own forward is `forward`: hidden [1, T, d] -> [1, T, d]."""
+        layer = module._drllm_layer
         if self.policy is not None:
             self._decide(layer, hidden)
         for number, rows in enumerate(self.schedule[layer]):
@@ -75,12 +76,12 @@ class RoutedForward:
                 break
             if subset.index is None:
                 self.visit = Visit(layer, number, subset, self.past)
-                hidden = self._checked(forward(hidden, *args, **kwargs))
+                hidden = self._checked(forward(module, hidden, *args, **kwargs))
             else:
                 self.visit = Visit(layer, number, subset, [self.past[r] for r in rows])
                 args_here = [self._rows_of(a, subset) for a in args]
                 kwargs_here = {k: self._rows_of(a, subset) for k, a in kwargs.items()}
-                out = forward(hidden.index_select(1, subset.index), *args_here, **kwargs_here)
+                out = forward(module, hidden.index_select(1, subset.index), *args_here, **kwargs_here)
                 hidden = scatter_rows(hidden[0], subset.index, self._checked(out)[0]).unsqueeze(0)
             self.layer_rows[layer] += len(rows)
             self.layer_tokens[layer] += subset.tokens
