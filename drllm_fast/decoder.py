@@ -20,24 +20,34 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def routable_decoder(model: PreTrainedModel) -> nn.Module:
+def decoder_of(model: nn.Module) -> PreTrainedModel:
+    """The module that holds the list of decoder `layers`. NotImplementedError if there is none."""
+    top = unwrap(model)
+    decoder = top.get_decoder() if hasattr(top, "get_decoder") else top
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(decoder, PreTrainedModel) or not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise _cannot(top, "its decoder has no list of `layers`")
+    return decoder
+
+
+def _cannot(model: nn.Module, reason: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{type(model).__name__} cannot be routed: {reason}. Supported are decoder-only models whose decoder "
+        "layers sit in `layers`, attend through transformers' AttentionInterface, fully or with a sliding window, "
+        "and keep their own keys and values (Llama, Mistral, Qwen, Gemma 2/3, Phi-3, OLMo, GPT-NeoX, ...)"
+    )
+
+
+def routable_decoder(model: PreTrainedModel) -> PreTrainedModel:
     """The module whose `layers` are routed. NotImplementedError, with the reason, if the model cannot be routed."""
 
     def refuse(reason: str):
-        raise NotImplementedError(
-            f"{type(model).__name__} cannot be routed: {reason}. Supported are decoder-only models whose decoder "
-            "layers sit in `layers`, attend through transformers' AttentionInterface, fully or with a sliding window, "
-            "and keep their own keys and values (Llama, Mistral, Qwen, Gemma 2/3, Phi-3, OLMo, GPT-NeoX, ...)"
-        )
+        raise _cannot(model, reason)
 
-    config = model.config
-    if config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
         refuse("it is an encoder-decoder")
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(decoder, PreTrainedModel) or not isinstance(layers, nn.ModuleList) or not len(layers):
-        refuse("its decoder has no list of `layers`")
-    config = decoder.config
+    decoder = decoder_of(model)
+    layers, config = decoder.layers, decoder.config
     if len(layers) != config.num_hidden_layers:
         refuse(f"it has {len(layers)} layers and a config of {config.num_hidden_layers}")
     if not getattr(config, "is_causal", True):

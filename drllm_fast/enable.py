@@ -16,7 +16,7 @@ from torch import nn
 from drllm_fast.active import ACTIVE
 from drllm_fast.attention import PREFIX, register
 from drllm_fast.base_forward import base_forward
-from drllm_fast.decoder import routable_decoder, sliding_windows, unwrap
+from drllm_fast.decoder import decoder_of, routable_decoder, sliding_windows, unwrap
 from drllm_fast.executor import RoutedForward
 from drllm_fast.policies import as_policy
 from drllm_fast.routing import Routing, set_budget
@@ -62,7 +62,7 @@ def enable_dynamic_routing(model: nn.Module, policy: object, *, budget: float | 
 def disable_dynamic_routing(model: nn.Module) -> nn.Module:
     """Undo `enable_dynamic_routing`: the model is bit-equal to what it was. ValueError if routing is not on."""
     top = unwrap(model)
-    decoder = top.get_decoder() if hasattr(top, "get_decoder") else top
+    decoder = decoder_of(top)
     if not hasattr(decoder, "_drllm_routing"):
         raise ValueError("dynamic routing is not on for this model")
     for module in {id(m): m for m in (*decoder.layers, decoder, top)}.values():

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drllm_fast.decoder import decoder_of, unwrap
+
 EMBEDDING_ENTRIES = 256
 NORM_ENTRIES = 4  # of each norm
 
@@ -79,24 +81,6 @@ def check(model: nn.Module, stored: dict[str, Any]) -> None:
                 unlike.append(f"its {part}: relative L2 distance {distance:.2g}, at most {TOLERANCE:g} is allowed")
     if unlike:
         raise ValueError(f"{type(unwrap(model)).__name__} is not the model of the fingerprint: {'; '.join(unlike)}")
-
-
-def unwrap(model: nn.Module) -> Any:
-    """The model itself, out of a PEFT wrapper."""
-    inner: Any = getattr(model, "get_base_model", None)
-    return model if inner is None else inner()
-
-
-def decoder_of(model: nn.Module) -> Any:
-    """The module that holds the embedding and the list `layers`. NotImplementedError if there is none."""
-    top = unwrap(model)
-    decoder = top.get_decoder() if hasattr(top, "get_decoder") else top
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise NotImplementedError(
-            f"{type(top).__name__} has no list of decoder `layers`; expected a transformers decoder-only model that "
-            "keeps its blocks there (Llama, Mistral, Qwen, Gemma, Phi-3, OLMo, GPT-NeoX, ...)"
-        )
-    return decoder
 
 
 def _embedding_sample(weight: Tensor) -> list[float]:

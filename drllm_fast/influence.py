@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from drllm_fast.fingerprint import decoder_of, unwrap
+from drllm_fast.decoder import decoder_of, unwrap
 from drllm_fast.policies import EXECUTE, SKIP, PromptBatch
 
 FORMAT = {"format": "drllm-fast static policy", "format_version": 1}

@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from drllm_fast import fingerprint, router_files
+from drllm_fast.decoder import decoder_of, unwrap
 from drllm_fast.policies import EXECUTE, REPEAT, SKIP, PromptBatch
 from drllm_fast.reference import CLASSES, pool_windows, router_logits
 
@@ -142,8 +143,8 @@ class LayerRouters(
         A model loaded from a folder is named by the folder's last part. Raises NotImplementedError for a model without
         a list of decoder layers.
         """
-        decoder = fingerprint.decoder_of(model)
-        name = str(getattr(fingerprint.unwrap(model), "name_or_path", "") or decoder.config.model_type)
+        decoder = decoder_of(model)
+        name = str(getattr(unwrap(model), "name_or_path", "") or decoder.config.model_type)
         if os.path.isdir(name) or os.path.isabs(name):
             name = Path(name).resolve().name  # where it lay on this machine is nobody's business
         return cls(
@@ -174,7 +175,7 @@ class LayerRouters(
     # -- the policy ---------------------------------------------------------------------------------------------------
     def bind(self, model: nn.Module) -> None:
         """ValueError unless the routers fit `model`: number of layers, hidden size, and base model if it is known."""
-        decoder = fingerprint.decoder_of(model)
+        decoder = decoder_of(model)
         given = (len(decoder.layers), decoder.config.hidden_size)
         advice = "load the model that they were trained on, or make new ones with LayerRouters.for_model"
         if given != (self.num_layers, self.hidden_size):

@@ -92,7 +92,7 @@ def test_pure_wheel(pure_wheel):
     assert entry_points == ["[console_scripts]", "drllm-fast", "=", "drllm_fast.cli:main"]
     needed = metadata.get_all("Requires-Dist")
     plain = {re.match(r"[\w-]+", n)[0].lower() for n in needed if "extra ==" not in n}
-    expected = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "typer", "rich", "tqdm"}
+    expected = {"filelock", "torch", "transformers", "huggingface_hub", "safetensors", "numpy", "typer", "rich", "tqdm"}
     assert plain == expected
     assert not [n for n in needed if n.startswith("triton") and 'extra == "triton"' not in n]
 
