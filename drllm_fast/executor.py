@@ -16,7 +16,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from drllm_fast.cache import KVSlot, RoutedCache
+from drllm_fast.cache import RoutedCache
+from drllm_fast.kv_slot import KVSlot
 from drllm_fast.ops import scatter_rows
 from drllm_fast.packed import PackedBatch, RowSet
 from drllm_fast.policies import PromptBatch, RoutingPolicy, check_decisions

@@ -21,8 +21,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from oracles import edited, padded
 from transformers import DynamicCache
 
-import drllm_fast.cache
-from drllm_fast.cache import GROWTH, KVSlot, RoutedCache
+import drllm_fast.kv_slot
+from drllm_fast.cache import RoutedCache
+from drllm_fast.kv_slot import GROWTH, KVSlot
 
 # More examples: DRLLM_FAST_EXAMPLES=500 pytest tests/test_cache.py, which then also draws anew at each run.
 EXAMPLES = os.environ.get("DRLLM_FAST_EXAMPLES")
@@ -147,10 +148,10 @@ class Machine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.model, self.branches = routed(self.family), []
-        self.growth, self.modes = drllm_fast.cache.GROWTH, None
+        self.growth, self.modes = drllm_fast.kv_slot.GROWTH, None
 
     def teardown(self):
-        drllm_fast.cache.GROWTH = self.growth
+        drllm_fast.kv_slot.GROWTH = self.growth
 
     # -- forwards
     def forward(self, branch, new, data, plan=None):
@@ -193,7 +194,7 @@ class Machine(RuleBasedStateMachine):
         modes=st.sampled_from([["no_grad"], ["inference"], ["no_grad", "inference"], list(MODES)]),
     )
     def start(self, data, growth, modes):
-        drllm_fast.cache.GROWTH, self.modes = growth, modes
+        drllm_fast.kv_slot.GROWTH, self.modes = growth, modes
         with_config = data.draw(st.booleans(), "with config")
         cache = DynamicCache(config=self.model.config) if with_config else DynamicCache()
         recording = with_config and data.draw(st.booleans(), "recording")
