@@ -9,6 +9,7 @@ that goes by names (FSDP, `_no_split_modules`, saving) sees the model it knows; 
 from __future__ import annotations
 
 import functools
+import inspect
 from types import MethodType
 
 from torch import nn
@@ -88,9 +89,13 @@ def _routed_layer(original: type) -> dict:
 
 
 def _routed_base(original: type) -> dict:
+    names = [name for name in inspect.signature(original.forward).parameters if name != "self"]
+
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
-        return base_forward(self._drllm_routing, self, functools.partial(original.forward, self), *args, **kwargs)
+        if args:  # families differ in the order of their arguments
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        return base_forward(self._drllm_routing, self, functools.partial(original.forward, self), **kwargs)
 
     return {"forward": forward, "routing": property(lambda self: self._drllm_routing)}
 

@@ -1,6 +1,7 @@
 """Beside what people combine a model with: PEFT, accelerate, torchao, copies, threads, saving, switching off."""
 
 import copy
+import inspect
 import pickle
 import threading
 
@@ -242,6 +243,19 @@ def test_threads_do_not_mix(model):
     for t in threads:
         t.join()
     assert results == [[expected[0]] * 4, [expected[1]] * 4]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_positional_arguments(family, row):
+    """GPT-NeoX takes inputs_embeds before past_key_values, Llama after."""
+    model = tiny(family)
+    base, embeds = model.get_decoder(), model.get_input_embeddings()(row[None])
+    order = list(inspect.signature(base.forward).parameters)
+    given = {"inputs_embeds": embeds, "use_cache": False}
+    expected = edited(model, PATH).get_decoder()(inputs_embeds=embeds).last_hidden_state
+    model.enable_dynamic_routing(PATH)
+    args = [given.get(name) for name in order[: order.index("use_cache") + 1]]
+    torch.testing.assert_close(base(*args).last_hidden_state, expected, **TOLERANCE)
 
 
 def test_the_base_model_alone(model, row):
