@@ -19,9 +19,12 @@ from drllm_fast.active import ACTIVE
 
 PREFIX = "drllm_fast_"
 
+# The shape of the mask that stands for none: 4D, so that it is passed on as it is and no time goes into making one.
+NO_MASK = (1, 1, 1, 1)
+
 # Keyword arguments that attention functions may be given and that change nothing here.
 HARMLESS = frozenset(
-    {"is_causal", "output_attentions", "output_hidden_states", "output_router_logits", "position_ids", "use_cache"}
+    {"output_attentions", "output_hidden_states", "output_router_logits", "position_ids", "use_cache"}
     | {"past_key_values", "layer_past", "return_dict", "num_items_in_batch", "cache_position", "position_embeddings"}
     | {"logits_to_keep"}
 )
@@ -41,6 +44,11 @@ def register(original: str) -> str:
         forward = ACTIVE.get()
         if forward is None:
             return _original(original, module)(module, query, key, value, attention_mask, **kwargs)
+        if attention_mask is not None and attention_mask.shape != NO_MASK:
+            raise NotImplementedError(
+                f"{type(module).__name__} makes a mask of its own, which dynamic routing does not support; call "
+                "model.disable_dynamic_routing()"
+            )
         return forward_attention(forward, module, query, key, value, **kwargs), None
 
     AttentionInterface.register(name, routed_attention)
@@ -67,6 +75,7 @@ def forward_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
     **kwargs,
 ) -> Tensor:
     """Attention of the visit that is running; query [1, H, T', D], the keys and values from the visit's KV slot."""
@@ -75,6 +84,8 @@ def forward_attention(
             f"{type(module).__name__} passes {', '.join(unknown)} to its attention, which dynamic routing does not "
             "support; run this model inside `with model.routing.disabled():`"
         )
+    if is_causal is False:
+        raise NotImplementedError("is_causal=False: a routed model attends causally; use `model.routing.disabled()`")
     visit = forward.visit
     visit.attended = True
     new, past, slot = visit.rows.lengths, visit.past, visit.slot

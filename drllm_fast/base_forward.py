@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from drllm_fast.active import ACTIVE
+from drllm_fast.attention import NO_MASK
 from drllm_fast.cache import RoutedCache
 from drllm_fast.executor import RoutedForward
 from drllm_fast.inputs import check_dense_cache, check_inputs, check_kept_plan, one_input, real_columns
 from drllm_fast.packed import PackedBatch
-from drllm_fast.settings import Settings, current
+from drllm_fast.settings import Settings, current, take_mark
 from drllm_fast.tally import Tally
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def base_forward(
     **kwargs,
 ):
     """The base model's own forward, `dense`, on packed tokens and routed layers. Arguments and result as there."""
-    settings = current(routing)
+    settings, own = current(routing), take_mark(routing)
     if settings.disabled:
         check_dense_cache(past_key_values)
         given = {
@@ -48,6 +49,8 @@ def base_forward(
         finally:
             ACTIVE.reset(token)
 
+    as_dict = kwargs.pop("return_dict", None)
+    as_dict = getattr(base.config, "return_dict", True) if as_dict is None else as_dict
     x = one_input(input_ids, inputs_embeds)
     check_inputs(base, routing.attention, x, attention_mask, position_ids, past_key_values, kwargs)
     use_cache = base.config.use_cache if use_cache is None else use_cache
@@ -61,11 +64,11 @@ def base_forward(
     past = cache.lengths if past_columns else [0] * batch
     if len(past) != batch:
         raise ValueError(f"the cache holds {len(past)} rows, the input has {batch}")
-    if past_columns and cache.model() is not base:
+    if past_columns and cache.model is not None and cache.model() is not base:
         raise ValueError("this cache was filled by another model; start with a new cache")
     real = real_columns(attention_mask, batch, columns, None if fresh else cache)
     packed = PackedBatch(real, batch, columns, x.device)
-    if position_ids is None or settings.count_positions:
+    if position_ids is None or (own and settings.count_positions):
         packed_positions = packed.positions(past)
     else:
         packed_positions = packed.pack(position_ids.expand(batch, -1)[:, -columns:])
@@ -78,7 +81,7 @@ def base_forward(
         policy, prompt_lengths = None, packed.lengths
     else:
         policy = settings.plan or routing.policy
-        prompt_lengths = prompt_lengths_of(settings, packed, real)
+        prompt_lengths = prompt_lengths_of(settings, packed, real, own)
         if past_key_values is not None and fresh:
             undo = RoutedCache.convert(cache, routing.num_layers)
     run = RoutedForward(
@@ -93,6 +96,7 @@ def base_forward(
             past_key_values=cache,
             inputs_embeds=embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
     except BaseException:
@@ -110,11 +114,12 @@ def base_forward(
             cache.model = weakref.ref(base)
         cache.advance(packed.lengths, columns, real)
     routing.last = Tally.of(run, cache, continued=bool(past_columns))
-    return _unpacked(outputs, packed)
+    outputs = _unpacked(outputs, packed)
+    return outputs if as_dict else outputs.to_tuple()
 
 
-def prompt_lengths_of(settings: Settings, packed: PackedBatch, real: Tensor | None) -> list[int]:
-    """How many tokens of each row the policy may see."""
+def prompt_lengths_of(settings: Settings, packed: PackedBatch, real: Tensor | None, own: bool) -> list[int]:
+    """How many tokens of each row the policy may see. `own`: the forward is one that `generate` prepared."""
     if 0 in packed.lengths:
         row = packed.lengths.index(0)
         raise ValueError(f"row {row} has no tokens: its attention_mask is all zeros; remove the row")
@@ -127,20 +132,19 @@ def prompt_lengths_of(settings: Settings, packed: PackedBatch, real: Tensor | No
             if given > length:
                 raise ValueError(f"context length {given} of row {row} exceeds its {length} tokens")
         return lengths
-    columns = settings.prompt_columns
+    columns = settings.prompt_columns if own else None
     if columns is None or columns >= packed.columns:
         return packed.lengths
     return [columns] * packed.batch if real is None else real[:, :columns].sum(1).tolist()
 
 
 def _no_mask(device: torch.device) -> Tensor:
-    # A mask that is 4D already is passed on as it is: no time is spent on making one, and none is ever read.
-    return torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device)
+    return torch.empty(NO_MASK, dtype=torch.bool, device=device)
 
 
 def _unpacked(outputs, packed: PackedBatch):
     for name in ("last_hidden_state", "hidden_states"):
-        value = outputs.get(name) if hasattr(outputs, "get") else None
+        value = outputs.get(name)
         if isinstance(value, Tensor):
             outputs[name] = packed.unpack(value)
         elif value is not None:

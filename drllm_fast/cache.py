@@ -86,6 +86,18 @@ class RoutedCache(DynamicCache):
         cache._route(num_layers)
         return undo
 
+    def revert(self) -> None:
+        """An emptied cache becomes a plain `DynamicCache` again."""
+        self.__dict__.clear()
+        self.__class__ = DynamicCache
+        DynamicCache.__init__(self)
+
+    def __copy__(self) -> RoutedCache:
+        return copy.deepcopy(self)  # lengths and slots belong together
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "model": None}  # a weak reference, which cannot be pickled
+
     def _route(self, num_layers: int) -> None:
         old = dict(enumerate(self.layers))
         layers = []

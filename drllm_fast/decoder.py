@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -9,7 +11,8 @@ ROUTABLE_LAYERS = ("full_attention", "sliding_attention")
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, out of a PEFT wrapper."""
+    """The transformers model itself, out of a torch.compile or a PEFT wrapper."""
+    model = getattr(model, "_orig_mod", model)
     inner = (
         model.get_base_model() if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model") else model
     )
@@ -57,6 +60,12 @@ def routable_decoder(model: PreTrainedModel) -> PreTrainedModel:
         refuse(f"it has layers of type {', '.join(sorted(kinds)) or 'chunked_attention'}")
     if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
         refuse("its layers share keys and values")
+    if getattr(config, "kv_lora_rank", None):
+        refuse("its attention changes values between the cache and the attention (latent attention)")
+    if "mrope_section" in str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)):
+        refuse("its positions are three-dimensional (multimodal rotary embedding)")
+    if decoder.config is not model.config and "token_type_ids" in inspect.signature(type(model).forward).parameters:
+        refuse("its multimodal wrapper prepares masks of its own; route its text model")
     if not type(decoder)._can_set_attn_implementation():
         refuse("its attention does not go through the AttentionInterface")
     for index, layer in enumerate(layers):

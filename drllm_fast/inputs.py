@@ -28,11 +28,17 @@ def check_inputs(base, attention: str, x: Tensor, attention_mask, position_ids, 
     if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2):
         shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise NotImplementedError(
-            f"attention_mask of {shape}: a routed model takes a mask [batch, columns] of ones and zeros (or none); "
-            "custom 4D masks are not supported"
+            f"attention_mask of {shape} (from the caller, or made by the model's own wrapper): a routed model takes a "
+            "mask [batch, columns] of ones and zeros (or none); custom 4D masks are not supported"
         )
-    if position_ids is not None and position_ids.ndim != 2:
-        raise NotImplementedError(f"position_ids must be [batch, columns], given {tuple(position_ids.shape)}")
+    if position_ids is not None:
+        if position_ids.ndim != 2:
+            raise NotImplementedError(f"position_ids must be [batch, columns], given {tuple(position_ids.shape)}")
+        if position_ids.shape[0] not in (1, x.shape[0]) or position_ids.shape[1] < x.shape[1]:
+            raise ValueError(
+                f"position_ids have shape {tuple(position_ids.shape)}, the input has {tuple(x.shape[:2])}; give one "
+                "position for each column"
+            )
     for name in ("output_attentions", "output_router_logits"):
         if kwargs.get(name, getattr(base.config, name, False)):
             raise NotImplementedError(f"{name}=True is not supported by a routed model; use `routing.disabled()`")
@@ -97,7 +103,11 @@ def check_kept_plan(settings: Settings, cache: RoutedCache) -> None:
 
 
 def check_dense_cache(cache: object) -> None:
-    if isinstance(cache, RoutedCache) and cache.columns:
+    """A cache for the dense model: an emptied routed one serves again, a filled one does not."""
+    if not isinstance(cache, RoutedCache):
+        return
+    if cache.columns:
         raise ValueError(
             "this cache was filled by the routed model, and routing is switched off here; start with a new cache"
         )
+    cache.revert()

@@ -18,7 +18,8 @@ SKIP, EXECUTE, REPEAT = 0, 1, 2
 class PromptBatch:
     """What a policy sees at one block: the prompts of a batch, packed, without padding.
 
-    hidden      [P, d]   residual stream entering the block, prompt tokens only (never answer or draft tokens)
+    hidden      [P, d]   residual stream entering the block, prompt tokens only (never answer or draft tokens); it may
+                         be the model's own tensor, so do not write to it
     cu_seqlens  [B + 1]  int32, same device: row b owns hidden[cu_seqlens[b] : cu_seqlens[b + 1]]
     input_ids   [P]      the prompts' token ids; None when the model was called with inputs_embeds
     """
@@ -109,24 +110,29 @@ def check_decisions(decisions: object, rows: int, num_layers: int, layer: int) -
             f"{where} has shape {tuple(decisions.shape)}; for this batch it must be ({rows},), or ({rows}, "
             f"{num_layers}) to fix whole paths"
         )
-    decisions = decisions.to("cpu", torch.int8)
+    decisions = decisions.cpu()
     if decisions.numel() and (decisions.min() < SKIP or decisions.max() > REPEAT):
         raise ValueError(
             f"{where} has values from {int(decisions.min())} to {int(decisions.max())}; allowed are 0 skip, 1 execute, "
             "2 repeat"
         )
-    return decisions
+    return decisions.to(torch.int8)
 
 
 def as_policy(policy: object) -> RoutingPolicy:
-    """A user's argument as a policy: a policy itself, a path, a plan, or the name of a router checkpoint."""
+    """A user's argument as a policy: a policy itself, a path, a plan, the name of a router checkpoint, or the file of a
+    static policy (.json)."""
+    if isinstance(policy, str | os.PathLike) and os.fspath(policy).endswith(".json"):
+        from drllm_fast.influence import StaticPolicy
+
+        return StaticPolicy.load(os.fspath(policy))
     if isinstance(policy, str | os.PathLike):
         from drllm_fast.routers import LayerRouters
 
         return LayerRouters.from_pretrained(os.fspath(policy))
     if callable(getattr(policy, "route", None)) and not isinstance(policy, type):
         return policy
-    if isinstance(policy, Tensor | Sequence):
+    if isinstance(policy, Tensor | Sequence) or hasattr(policy, "__array__"):
         return GivenPlan(policy)
     raise TypeError(
         f"not a policy: {type(policy).__name__}; give a router checkpoint (folder or hub id), LayerRouters, a path "

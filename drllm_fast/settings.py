@@ -30,6 +30,22 @@ def current(routing: object) -> Settings:
     return _SETTINGS.get().get(id(routing), _DEFAULT)
 
 
+# The Routing whose next forward is one that `generate` prepared. Others that run inside generate (a second model of a
+# logits processor, a negative prompt) are forwards like any other.
+_MARKED: ContextVar[object | None] = ContextVar("drllm_fast_marked", default=None)
+
+
+def mark(routing: object) -> None:
+    _MARKED.set(routing)
+
+
+def take_mark(routing: object) -> bool:
+    marked = _MARKED.get() is routing
+    if marked:
+        _MARKED.set(None)
+    return marked
+
+
 @contextmanager
 def changed(routing: object, **changes) -> Iterator[None]:
     """Inside, in this thread, `routing` has these settings as well."""

@@ -60,6 +60,8 @@ def randomise(model):
             p.normal_(0, 0.25)
         elif "norm" in name:
             p.add_(torch.randn_like(p) * 0.1)
+        elif "bias" not in name:  # whatever else a family learns
+            p.normal_(0, 1)
     return model
 
 

@@ -2,11 +2,16 @@
 
 import copy
 import inspect
+import os
 import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from families import LAYERS, prompts, tiny
@@ -138,6 +143,59 @@ def test_pickle_and_torch_save(model, row, tmp_path):
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     assert torch.equal(logits(again, row), expected)
     again.disable_dynamic_routing()
+    # In a fresh process, which has registered nothing.
+    torch.save((row, expected), tmp_path / "expected.pt")
+    code = (
+        "import torch; row, expected = torch.load('expected.pt'); m = torch.load('model.pt', weights_only=False); "
+        "assert torch.allclose(m(row[None]).logits[0], expected, atol=1e-5); m.disable_dynamic_routing()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(drllm_fast.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+
+
+def test_pickled_and_copied_caches(model, row):
+    model.enable_dynamic_routing(PATH)
+    with torch.no_grad():
+        cache = model(row[None]).past_key_values
+        twins = [pickle.loads(pickle.dumps(cache)), copy.copy(cache), copy.deepcopy(cache)]
+        expected = model(row[None, :1], past_key_values=cache).logits
+        for twin in twins:
+            assert torch.equal(model(row[None, :1], past_key_values=twin).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification"])
+def test_models_with_another_head(kind, row):
+    config = tiny("llama").config
+    config.num_labels = 3
+    torch.manual_seed(0)
+    model = getattr(transformers, f"AutoModelFor{kind}").from_config(config, dtype=torch.float32).eval()
+    batch = padded([row, row[:4]])
+    with torch.no_grad():
+        expected = edited(model, PATH)(**batch).logits
+        model.enable_dynamic_routing(PATH)
+        actual = model(**batch).logits
+        if kind == "TokenClassification":
+            expected, actual = (x[batch["attention_mask"].bool()] for x in (expected, actual))
+        torch.testing.assert_close(actual, expected, **TOLERANCE)
+    model.disable_dynamic_routing()
+
+
+def test_tuples_instead_of_outputs(model, row):
+    batch = padded([row, row[:4]])
+    model.enable_dynamic_routing(PATH)
+    with torch.no_grad():
+        expected = model.model(**batch).last_hidden_state
+        assert torch.equal(model.model(**batch, return_dict=False)[0], expected)
+        model.config.return_dict = False
+        assert torch.equal(model.model(**batch)[0], expected)
+
+
+def test_a_compiled_model(model, row):
+    expected = logits(edited(model, PATH), row)
+    compiled = torch.compile(model, backend="eager")
+    drllm_fast.enable_dynamic_routing(compiled, PATH)
+    torch.testing.assert_close(logits(compiled, row), expected, **TOLERANCE)
+    drllm_fast.disable_dynamic_routing(compiled)
 
 
 def test_save_and_reload_while_enabled(model, row, tmp_path):

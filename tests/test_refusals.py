@@ -107,6 +107,7 @@ def test_not_a_transformers_model():
         (lambda b: torch.ones(b + 1, dtype=torch.int8), ValueError, "shape"),
         (lambda b: torch.ones(b, LAYERS - 1, dtype=torch.int8), ValueError, "shape"),
         (lambda b: torch.full((b,), 3), ValueError, "values from 3"),
+        (lambda b: torch.full((b,), 257), ValueError, "values from 257"),
     ],
 )
 def test_a_policy_that_answers_wrongly(model, answer, error, says):
@@ -200,6 +201,8 @@ def test_using_and_context_check_what_they_are_given(routed):
     for bad, says in (([1, 1], "2 entries"), ([1, 1, 1, 7], "values")):
         with pytest.raises(ValueError, match=says), routed.routing.using(bad):
             pass
+    with pytest.raises(TypeError, match="one positive integer for each"), routed.routing.context(3):
+        pass
     for bad in ([], [0], [-1]):
         with pytest.raises(ValueError, match="positive"), routed.routing.context(bad):
             pass
@@ -282,6 +285,15 @@ def test_a_routed_cache_in_the_dense_model_and_the_other_way(routed):
         routed(ROW[None, :1], past_key_values=cache)
 
 
+def test_an_emptied_routed_cache_serves_the_dense_model(routed):
+    cache = routed(ROW[None]).past_key_values
+    cache.reset()
+    with routed.routing.disabled(), torch.no_grad():
+        dense = routed(ROW[None], past_key_values=cache)
+        assert type(cache) is DynamicCache and cache.get_seq_length() == len(ROW)
+        assert torch.equal(dense.logits, routed(ROW[None]).logits)
+
+
 def test_another_routed_model_refuses_the_cache(routed):
     other = tiny("llama", seed=5).enable_dynamic_routing(PATH)
     cache = routed(ROW[None]).past_key_values
@@ -326,6 +338,58 @@ def test_modes_that_would_be_silently_wrong(routed):
     routed.gradient_checkpointing_enable()
     with pytest.raises(NotImplementedError, match="gradient checkpointing"):
         routed(ids)
+
+
+def test_attention_that_makes_its_own_mask():
+    model = tiny("llama")
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+
+    def with_bias(hidden_states, attention_mask=None, **kwargs):
+        length = hidden_states.shape[1]
+        return forward(hidden_states, attention_mask=torch.zeros(1, 1, length, length), **kwargs)
+
+    attention.forward = with_bias
+    model.enable_dynamic_routing(PATH)
+    with pytest.raises(NotImplementedError, match="mask of its own"):
+        model(ROW[None])
+
+
+def test_attention_that_is_not_causal(routed):
+    with pytest.raises(NotImplementedError, match="is_causal"):
+        routed(ROW[None], is_causal=False)
+
+
+def test_position_ids_that_do_not_fit(routed):
+    batch = padded(prompts([5, 9]))
+    for shape in ((2, 4), (3, 9)):
+        with pytest.raises(ValueError, match="position_ids have shape"):
+            routed(**batch, position_ids=torch.zeros(shape, dtype=torch.long))
+
+
+def test_a_config_that_another_routed_model_uses(routed):
+    twin = type(routed).__mro__[1](routed.config).eval()
+    before = state(twin)
+    with pytest.raises(ValueError, match="shares this model's config"):
+        twin.enable_dynamic_routing(PATH)
+    assert state(twin) == before
+
+
+def test_a_class_that_was_changed_meanwhile(routed):
+    ours = type(routed.model)
+    routed.model.__class__ = type("FSDPLlamaModel", (ours,), {})
+    expected = logits(routed)
+    with pytest.raises(RuntimeError, match="undo that first"):
+        routed.disable_dynamic_routing()
+    assert torch.equal(logits(routed), expected)
+    routed.model.__class__ = ours
+    routed.disable_dynamic_routing()
+
+
+def test_disabling_through_the_base_model_undoes_all_of_it(routed):
+    routed.model.disable_dynamic_routing()
+    assert not hasattr(routed, "routing") and len(greedy(routed, ROW, 2)[0]) == 2
+    routed.enable_dynamic_routing(PATH)
 
 
 def test_packed_input_with_a_cache(routed):

@@ -1,12 +1,13 @@
 """`model.routing`: what was run is what is told, and what is decided is decided on the prompt alone."""
 
+import numpy
 import pytest
 import torch
 from families import LAYERS, prompts, tiny
 from oracles import edited, padded
 
 import drllm_fast  # noqa: F401
-from drllm_fast import PromptBatch
+from drllm_fast import PromptBatch, StaticPolicy
 
 PATHS = [[0, 1, 1, 1], [1, 2, 0, 1], [2, 0, 2, 2]]
 
@@ -148,6 +149,60 @@ def test_using_changes_paths_inside_and_only_there():
             assert model.routing.plan.tolist() == [[1, 1, 2, 1]]
     model(row)
     assert model.routing.plan.tolist() == [[1] * LAYERS]
+
+
+def test_the_innermost_of_using_and_disabled_holds():
+    model = tiny("llama").enable_dynamic_routing([1] * LAYERS)
+    row = prompts([7])[0][None]
+    with torch.no_grad():
+        dense = model(row).logits
+        with model.routing.disabled(), model.routing.using([0, 1, 1, 1]):
+            assert not torch.equal(model(row).logits, dense)
+        with model.routing.using([0, 1, 1, 1]), model.routing.disabled():
+            assert torch.equal(model(row).logits, dense)
+
+
+def test_setting_the_policy():
+    model = tiny("llama").enable_dynamic_routing([1] * LAYERS)
+    model.routing.policy = numpy.array([1, 0, 1, 2])
+    model(prompts([7])[0][None])
+    assert model.routing.plan.tolist() == [[1, 0, 1, 2]]
+    with pytest.raises(ValueError, match="3 entries"):
+        model.routing.policy = [1, 1, 1]
+    with pytest.raises(TypeError, match="not a policy"):
+        model.routing.policy = None
+
+
+def test_a_static_policy_by_its_file(tmp_path):
+    StaticPolicy(order=(2, 1), num_layers=4, budget=0.75).save(tmp_path / "static.json")
+    model = tiny("llama").enable_dynamic_routing(tmp_path / "static.json", budget=0.5)
+    model(prompts([7])[0][None])
+    assert model.routing.plan.tolist() == [[1, 0, 0, 1]]
+
+
+def test_forwards_inside_generate_that_are_not_its_own():
+    """A logits processor that calls the model itself: its prompt is its own, as are its positions."""
+    model, other = tiny("llama"), prompts([12], seed=5)[0][None]
+    positions = torch.arange(12)[None] * 2
+    mask = torch.ones_like(other)
+    seen, results = [], []
+
+    class Lengths:
+        def route(self, layer, prompts):
+            seen.append(prompts.cu_seqlens.diff().tolist())
+            return torch.ones(len(prompts.cu_seqlens) - 1, dtype=torch.int8)
+
+    def processor(ids, scores):
+        results.append(model(other, attention_mask=mask, position_ids=positions, use_cache=False).logits)
+        return scores
+
+    model.enable_dynamic_routing(Lengths())
+    with torch.no_grad():
+        expected = model(other, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        seen.clear()
+        model.generate(prompts([5])[0][None], max_new_tokens=2, logits_processor=[processor], do_sample=False)
+    assert seen == [[5]] * LAYERS + [[12]] * LAYERS * 2
+    assert all(torch.equal(r, expected) for r in results)
 
 
 def test_summary_and_plot(tmp_path):
