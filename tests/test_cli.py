@@ -145,7 +145,11 @@ def test_edits_are_a_path(tiny):
 def test_dense_is_the_model_as_it_is(tiny):
     out = as_json(generate(tiny, "dense", "--json"))
     assert [r["answer"] for r in out["results"]] == reference(tiny, PROMPTS, [1] * LAYERS)
-    assert [r["layers_run"] for r in out["results"]] == [4, 4] and "totals" not in out
+    assert [r["layers_run"] for r in out["results"]] == [4, 4]
+    routed = as_json(generate(tiny, "skip:1", "--json"))
+    assert out.keys() == routed.keys() and out["totals"].keys() == routed["totals"].keys()
+    assert out["results"][0].keys() == routed["results"][0].keys()
+    assert out["results"][0]["tokens"] is out["totals"]["kv_bytes"] is None and out["totals"]["share"] == 1
 
 
 def test_paths_differ_in_what_they_say(tiny):
@@ -205,6 +209,28 @@ def test_plot(tiny, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plot_that_fails_leaves_the_answers(tiny, tmp_path, monkeypatch):
+    from drllm_fast import report
+
+    def fails(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report, "plot_plan", fails)
+    result = generate(tiny, "skip:1", "--json", "--plot", tmp_path / "x.png")
+    assert result.exit_code == 2 and "disk full" in result.stderr and len(json.loads(result.stdout)["results"]) == 2
+
+
+def test_where_a_plot_can_go_is_tested_early(tiny, tmp_path, monkeypatch):
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.chdir(tmp_path)
+    refused(generate(tiny, "skip:1", "--plot", "folder.png"), "is a folder")
+    refused(generate(tiny, "skip:1", "--plot", "/proc/x.png"), "/proc/x.png: cannot be written")
+    (tmp_path / "old.png").write_text("old")
+    cli._check_output(tmp_path / "old.png")
+    cli._check_output(tmp_path / "new.png")
+    assert (tmp_path / "old.png").read_text() == "old" and not (tmp_path / "new.png").exists()
+
+
 def test_the_chat_template_is_used_where_there_is_one(chatty):
     plain, chat = (as_json(generate(chatty, "skip:1", flag, "--json")) for flag in ("--no-chat", "--chat"))
     assert [r["tokens"] for r in plain["results"]] == [10, 20]
@@ -239,6 +265,7 @@ def test_dtype(tiny):
         ("skip:1;jump:2", ["'jump:2'"]),
         ("nothere.json", ["no such file"]),
         ("cka", ["--budget"]),
+        ("densee", ["--policy densee: no such folder", "block-influence"]),
     ],
 )
 def test_bad_policies(tiny, policy, words):
@@ -253,6 +280,7 @@ def test_bad_policies(tiny, policy, words):
         (["--budget", "0.5"], ["no budget to keep"]),
         (["--dtype", "int4"], ["int4"]),
         (["--device", "abacus"], ["--device abacus"]),
+        (["--device", "meta"], ["write auto, cpu, cuda or cuda:N"]),
         (["--device", "cuda:99"], ["CUDA devices"]),
         (["--chat"], ["no chat template"]),
         (["--plot", "x.docx"], [".png, .svg, .pdf"]),
@@ -273,7 +301,35 @@ def test_no_prompt(tiny):
 
 def test_no_such_model(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    refused(generate(tmp_path / "nothing", "skip:1"), "error:", "nothing")
+    refused(generate(tmp_path / "nothing", "skip:1"), "error: --model", "nothing: no such folder")
+    refused(generate("./nothing", "skip:1"), "error: --model ./nothing: no such folder")
+    words = "error: --model smollm3: no such folder, and not found on the Hub (", "bundled model is " + cli.SMOLLM2
+    result = generate("smollm3", "skip:1")
+    refused(result, *words)
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_model_folder_names_what_it_lacks(tmp_path):
+    refused(generate(tmp_path, "skip:1"), "the folder has no config.json")
+    (tmp_path / "config.json").write_text("{}")
+    refused(generate(tmp_path, "skip:1"), "the folder has no tokenizer")
+
+
+def test_the_bundled_models_name_in_any_case(monkeypatch):
+    from drllm_fast import smollm2
+
+    def stop(*_):
+        raise OSError("the bundled one")
+
+    monkeypatch.setattr(smollm2, "load_smollm2", stop)
+    refused(generate("SmolLM2-135M-Instruct", "skip:1"), "the bundled one")
+
+
+def test_a_prompts_file_without_prompts(tiny, tmp_path):
+    path = tmp_path / "prompts.txt"
+    for content, words in ((b"\n \n", "no prompt in it"), (b"caf\xe9 au lait", "not UTF-8")):
+        path.write_bytes(content)
+        refused(generate(tiny, "skip:1", "--prompts-file", path, prompts=()), str(path), words)
 
 
 def test_no_such_checkpoint(tiny, tmp_path):
@@ -334,7 +390,7 @@ def test_demo(tmp_path):
     assert result.exit_code == 0, result.output
     assert path.read_bytes().startswith(b"\x89PNG")
     out = result.stdout
-    for word in ("capital", "question", "27 of 30", "KV cache", "tokens/s", "static path", "mixed paths", "all blocks"):
+    for word in ("capital", "question", "27 of 30", "KV cache", "tok/s", "static path", "mixed paths", "all blocks"):
         assert word in out, word
     assert "repeats 27" in out and "static path against all blocks: " in out
 
@@ -393,6 +449,20 @@ def test_the_verdict_says_nothing_where_rounds_overlap():
     assert _verdict("a", result, "b") == "a against b: 1.83x, faster in every round."
     assert _verdict("b", result, "a") == "b against a: 0.55x, slower in every round."
     assert "does not tell them apart" in _verdict("a", result, "c")
+    few = {name: rates[:2] for name, rates in result.items()}
+    assert _verdict("a", few, "b") == "a against b: 1.91x; 2 rounds do not tell them apart."
+
+
+def test_the_speed_table_fits_80_columns():
+    from rich.console import Console
+
+    from drllm_fast.demo import _speed_table
+
+    result = {"dense": [1234.5], "static path": [1300.1]}
+    lines = Console(width=80).render_lines(_speed_table(result, {"static path": 27.0}, {"static path": 27}, 30, 1, 48))
+    text = ["".join(part.text for part in line).rstrip() for line in lines]
+    assert max(map(len, text)) <= 80 and any("1 interleaved round" in line for line in text)
+    assert [line for line in text if "static path   27.0 of 30" in line and line.endswith("1.05x")]
 
 
 def test_timing_is_interleaved_and_warms_up():

