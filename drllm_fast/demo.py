@@ -240,7 +240,7 @@ def _speed_table(
     new_tokens: int,
 ) -> Table:
     title = f"Prefill and {count(new_tokens, 'new token')} a row, greedy, {count(rounds, 'interleaved round')}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("", no_wrap=True)
     for header in ("blocks/row", "blocks/step", "tok/s median", "min-max", "vs dense"):
         table.add_column(header, justify="right", no_wrap=True)
