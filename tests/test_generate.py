@@ -34,16 +34,6 @@ class ByLength:
         return decisions
 
 
-@pytest.fixture
-def model():
-    return tiny("llama")
-
-
-@pytest.fixture
-def row():
-    return prompts([9])[0]
-
-
 def test_sampling_with_a_seed(model, row):
     def sample(m):
         torch.manual_seed(5)

@@ -26,16 +26,6 @@ PATH = [1, 2, 0, 1]
 TOLERANCE = {"atol": 2e-3, "rtol": 0}
 
 
-@pytest.fixture
-def model():
-    return tiny("llama")
-
-
-@pytest.fixture
-def row():
-    return prompts([9])[0]
-
-
 def logits(model, row):
     with torch.no_grad():
         return model(row[None]).logits[0]

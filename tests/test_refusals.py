@@ -22,11 +22,6 @@ ROW = prompts([9])[0]
 
 
 @pytest.fixture
-def model():
-    return tiny("llama")
-
-
-@pytest.fixture
 def routed(model):
     return model.enable_dynamic_routing(PATH)
 
