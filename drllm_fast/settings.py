@@ -12,7 +12,7 @@ from drllm_fast.policies import GivenPlan
 
 @dataclass(frozen=True)
 class Settings:
-    """What the context managers of this thread ask for, for one model."""
+    """For one model, and what `generate` notes of itself."""
 
     disabled: bool = False
     plan: GivenPlan | None = None
@@ -21,13 +21,13 @@ class Settings:
     count_positions: bool = False  # set by generate: its position_ids are its own, and go wrong after right padding
 
 
-# Per thread and task, settings by the id of the Routing they are for. Replaced, never changed.
-_SETTINGS: ContextVar[dict[int, Settings]] = ContextVar("drllm_fast_settings", default={})  # noqa: B039
+# Per thread and task, settings by the Routing they are for. Replaced, never changed.
+_SETTINGS: ContextVar[dict[object, Settings]] = ContextVar("drllm_fast_settings", default={})  # noqa: B039
 _DEFAULT = Settings()
 
 
 def current(routing: object) -> Settings:
-    return _SETTINGS.get().get(id(routing), _DEFAULT)
+    return _SETTINGS.get().get(routing, _DEFAULT)
 
 
 # The Routing whose next forward is one that `generate` prepared. Others that run inside generate (a second model of a
@@ -49,7 +49,7 @@ def take_mark(routing: object) -> bool:
 @contextmanager
 def changed(routing: object, **changes) -> Iterator[None]:
     """Inside, in this thread, `routing` has these settings as well."""
-    token = _SETTINGS.set({**_SETTINGS.get(), id(routing): replace(current(routing), **changes)})
+    token = _SETTINGS.set({**_SETTINGS.get(), routing: replace(current(routing), **changes)})
     try:
         yield
     finally:

@@ -138,8 +138,8 @@ def swap(module: nn.Module, recipe: Callable[[type], dict], routing: Routing, in
     """Give the module a routed subclass of its own class. `index`: of a layer, its number."""
     cls = type(module)
     routed = _subclass(cls, recipe.__name__)
+    module.__class__ = routed  # first: if it is refused, nothing has changed
     module._drllm_routing, module._drllm_layer = routing, index
-    module.__class__ = routed
     _point_hooks(module, cls.forward, routed.forward)
 
 
