@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from drllm_fast.decoder import decoder_of, unwrap
-from drllm_fast.policies import EXECUTE, SKIP, PromptBatch
+from drllm_fast.policies import PromptBatch
+from drllm_fast.router_reference import EXECUTE, SKIP
 
 FORMAT = {"format": "drllm-fast static policy", "format_version": 1}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-SKIP, EXECUTE, REPEAT = 0, 1, 2
+from drllm_fast.router_reference import REPEAT, SKIP
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from drllm_fast.policies import EXECUTE, REPEAT, SKIP
+from drllm_fast.router_reference import EXECUTE, REPEAT, SKIP
 from drllm_fast.stats import RoutingStats
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from drllm_fast.reference import CLASSES
+from drllm_fast.router_reference import CLASSES
 
 CONFIG, WEIGHTS = "config.json", "routers.safetensors"
 SETTINGS = (

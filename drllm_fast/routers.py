@@ -1,7 +1,7 @@
 """Dr.LLM's routers: for each block a small perceptron that reads the prompt and chooses skip, execute or repeat.
 
 All routers of a model are four stacked tensors, so that a checkpoint is one small file and layer l is one slice. What
-they compute is in `drllm_fast.reference`; how a checkpoint folder looks is in `drllm_fast.router_files`.
+they compute is in `drllm_fast.router_reference`; how a checkpoint folder looks is in `drllm_fast.router_files`.
 
 After Dr.LLM (arXiv 2510.12773): two linear layers, 128 wide, GELU in its tanh form, Xavier-uniform weights, zero
 biases, and at inference a knob from -1 to 1.
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from drllm_fast import fingerprint, router_files
 from drllm_fast.decoder import decoder_of, unwrap
-from drllm_fast.policies import EXECUTE, REPEAT, SKIP, PromptBatch
-from drllm_fast.reference import CLASSES, pool_windows, router_logits
+from drllm_fast.policies import PromptBatch
+from drllm_fast.router_reference import CLASSES, EXECUTE, REPEAT, SKIP, decide, pool_windows, router_logits
 
 PURE_ROUTER = -0.5  # the knob's position at which the routers alone decide
 
@@ -44,10 +44,7 @@ def choose(logits: Tensor, knob: float = PURE_ROUTER) -> Tensor:
         (start, left_class), (stop, right_class) = KNOB_ANCHORS[right - 1 : right + 1]
         t = (knob - start) / (stop - start)
         scores = (1 - t) * _anchor(scores, left_class) + t * _anchor(scores, right_class)
-    skip, execute, repeat = scores.unbind(-1)
-    decisions = torch.full_like(skip, EXECUTE, dtype=torch.int8)
-    decisions.masked_fill_(skip > torch.maximum(execute, repeat), SKIP)
-    return decisions.masked_fill_(repeat > torch.maximum(execute, skip), REPEAT)
+    return decide(scores)
 
 
 def _anchor(logits: Tensor, one_class: int | None) -> Tensor:

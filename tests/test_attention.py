@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from drllm_fast import attention
-from drllm_fast.attention import causal_mask, ragged_attention
+from drllm_fast import attention_reference
+from drllm_fast.attention_reference import attend_rows as ragged_attention
+from drllm_fast.attention_reference import causal_mask
 
 # (new, total) of the rows. One row; equal rows (one strided batch); unequal ones; rows without a new token.
 ROWS = {
@@ -223,8 +224,8 @@ def test_bf16_is_as_exact_as_eager(rows, feature):
 )
 def test_equal_rows_at_equal_distances_are_one_batch(monkeypatch, rows, gap, calls):
     (new, total), heads, seen = ROWS[rows], HEADS["grouped"], []
-    attend = attention._attend
-    monkeypatch.setattr(attention, "_attend", lambda *args: seen.append(len(args[0])) or attend(*args))
+    attend = attention_reference._attend
+    monkeypatch.setattr(attention_reference, "_attend", lambda *args: seen.append(len(args[0])) or attend(*args))
     *qkv, starts = inputs(new, total, heads, gap=gap)
     ragged_attention(*qkv, new, starts, total)
     assert len(seen) == calls and sum(seen) == sum(n > 0 for n in new)

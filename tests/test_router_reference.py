@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from drllm_fast.reference import pool_windows, router_logits
+from drllm_fast.router_reference import pool_windows, router_logits
 
 LENGTHS = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 8 * 5 + 7, 0]
 
