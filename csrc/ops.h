@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 
 namespace drllm_fast::cpu {
@@ -13,5 +14,8 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor> active_tokens(const Tensor& decisions, const Tensor& cu_seqlens, int64_t at_least);
 Tensor gather_rows(const Tensor& x, const Tensor& index);
 Tensor scatter_rows(const Tensor& x, const Tensor& index, const Tensor& y);
+Tensor ragged_attention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& cu_seqlens,
+                        const Tensor& starts, const Tensor& lengths, int64_t max_query, int64_t max_length, double scale,
+                        std::optional<int64_t> window, std::optional<double> softcap, std::optional<Tensor> sinks);
 
 }  // namespace drllm_fast::cpu

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -14,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from drllm_fast.active import ACTIVE
 from drllm_fast.attention_reference import attend_rows
+from drllm_fast.ops import attention_has_kernel
 
 PREFIX = "drllm_fast_"
 
@@ -97,7 +99,13 @@ def forward_attention(
             )
         key, value, starts = slot.keys, slot.values, slot.starts
         total = [p + n - f for p, n, f in zip(past, new, slot.first, strict=True)]
-    return attend_rows(
-        query, key, value, new, starts, total,
-        scale=scaling, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux,
-    )  # fmt: skip
+    if dropout or not attention_has_kernel(query, key, value, s_aux):
+        return attend_rows(
+            query, key, value, new, starts, total,
+            scale=scaling, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux,
+        )  # fmt: skip
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    layout = forward.key_layout(new, starts, total, query.device)
+    return torch.ops.drllm_fast.ragged_attention(
+        query[0].transpose(0, 1), key[0], value[0], *layout, scale, sliding_window, softcap, s_aux
+    ).unsqueeze(0)

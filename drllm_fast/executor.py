@@ -62,6 +62,7 @@ class RoutedForward:
         self.schedule = cache.schedule if policy is None else [((), ())] * num_layers
         self.visit: Visit | None = None
         self.layer_rows, self.layer_tokens = [0] * num_layers, [0] * num_layers
+        self._layouts: dict[tuple, tuple] = {}
         self._moved: dict[tuple, tuple[object, object]] = {}
 
     def run_layer(self, module: nn.Module, forward: Callable[..., Tensor], hidden: Tensor, *args, **kwargs) -> Tensor:
@@ -107,6 +108,17 @@ class RoutedForward:
             column = self.plan[:, at].tolist()
             once = tuple(r for r, d in enumerate(column) if d >= 1)
             self.schedule[at] = (once, tuple(r for r in once if column[r] == 2))
+
+    def key_layout(self, new: list[int], starts: list[int], total: list[int], device: torch.device) -> tuple:
+        """cu_seqlens, starts, lengths, max_query and max_length of `ops.ragged_attention`; remembered, since visits of
+        the same rows mostly keep their keys alike."""
+        key = (*new, *starts, *total, device)
+        if key not in self._layouts:
+            cu_seqlens, starts, lengths = (
+                torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, *accumulate(new)], starts, total)
+            )
+            self._layouts[key] = cu_seqlens, starts, lengths, max(new), max(total)
+        return self._layouts[key]
 
     def _rows_of(self, argument: object, subset: RowSet) -> object:
         """The part of a layer's argument that belongs to the subset's tokens; remembered, for layers share it."""

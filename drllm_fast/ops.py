@@ -112,17 +112,25 @@ def ragged_attention(
     softcap     c turns a score s into c tanh(s / c)
     sinks       floating [H]: one score a head that takes part in the softmax and has no value
 
-    The formula is in `drllm_fast.attention_reference`. Where gradients are asked for, that reference runs.
+    The formula is in `drllm_fast.attention_reference`, which is what runs where there is no kernel: where gradients are
+    asked for, without the extension, for fp64 everywhere and for fp16 on the CPU.
     Raises TypeError or ValueError.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     arguments = (query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks)
     _check(check_attention, *arguments)
-    differentiated = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (query, keys, values, sinks)
-    )
-    run = attention_reference.ragged_attention if differentiated else torch.ops.drllm_fast.ragged_attention
-    return run(*arguments)
+    if attention_has_kernel(query, keys, values, sinks):
+        return torch.ops.drllm_fast.ragged_attention(*arguments)
+    return attention_reference.ragged_attention(*arguments)
+
+
+def attention_has_kernel(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None = None) -> bool:
+    """Whether the op `ragged_attention` may be called with these: kernels have no gradients, and not every dtype."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, keys, values, sinks)):
+        return False
+    if query.is_cpu:
+        return EXTENSION_ERROR is None and query.dtype in (torch.float32, torch.bfloat16)
+    return query.dtype != torch.float64
 
 
 def _check(check, *arguments) -> None:

@@ -1,0 +1,27 @@
+// Python sees std::invalid_argument as ValueError and TypeError as itself; STD_TORCH_CHECK would raise RuntimeError.
+#pragma once
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <sstream>
+#include <stdexcept>
+
+namespace drllm_fast::cpu {
+
+template <class... Parts>
+void check_value(bool holds, const Parts&... message) {
+  if (holds) return;
+  std::ostringstream text;
+  (text << ... << message);
+  throw std::invalid_argument(text.str());
+}
+
+template <class... Parts>
+void check_type(bool holds, const Parts&... message) {
+  if (holds) return;
+  std::ostringstream text;
+  (text << ... << message);
+  throw std::runtime_error(text.str());
+}
+
+}  // namespace drllm_fast::cpu
