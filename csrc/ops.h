@@ -14,6 +14,8 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor> active_tokens(const Tensor& decisions, const Tensor& cu_seqlens, int64_t at_least);
 Tensor gather_rows(const Tensor& x, const Tensor& index);
 Tensor scatter_rows(const Tensor& x, const Tensor& index, const Tensor& y);
+std::tuple<Tensor, Tensor> router(const Tensor& x, const Tensor& cu_seqlens, const Tensor& w1, const Tensor& b1,
+                                  const Tensor& w2, const Tensor& b2, const Tensor& cost, int64_t windows);
 Tensor ragged_attention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& cu_seqlens,
                         const Tensor& starts, const Tensor& lengths, int64_t max_query, int64_t max_length, double scale,
                         std::optional<int64_t> window, std::optional<double> softcap, std::optional<Tensor> sinks);

@@ -65,12 +65,16 @@ def router(
     windows     at least 1; a row of n tokens is pooled into min(windows, n)
     cost        floating [3] or None, subtracted from the logits: what each class costs, for a budget
 
-    The formula is in `drllm_fast.router_reference`; a row without tokens has the logits -cost. Differentiable in the
-    floating arguments. Raises TypeError or ValueError.
+    The formula is in `drllm_fast.router_reference`, which is also what runs for fp64; a row without tokens has the
+    logits -cost. Everything is accumulated in fp32. Differentiable in the floating arguments. Raises TypeError or
+    ValueError.
     """
     cost = torch.zeros_like(b2) if cost is None else cost
-    _check(check_router, x, cu_seqlens, w1, b1, w2, b2, cost, windows)
-    return torch.ops.drllm_fast.router(x, cu_seqlens, w1, b1, w2, b2, cost, windows)
+    arguments = (x, cu_seqlens, w1, b1, w2, b2, cost, windows)
+    _check(check_router, *arguments)
+    if x.dtype == torch.float64:
+        return router_reference.router(*arguments)
+    return torch.ops.drllm_fast.router(*arguments)
 
 
 def router_windows(pooled: Tensor, counts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:

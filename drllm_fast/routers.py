@@ -9,6 +9,7 @@ biases, and at inference a knob from -1 to 1.
 
 from __future__ import annotations
 
+import math
 import os
 from numbers import Real
 from pathlib import Path
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from drllm_fast import fingerprint, router_files
 from drllm_fast.decoder import decoder_of, unwrap
+from drllm_fast.ops import router as run_router
 from drllm_fast.policies import PromptBatch
-from drllm_fast.router_reference import CLASSES, EXECUTE, REPEAT, SKIP, decide, pool_windows, router_logits
+from drllm_fast.router_reference import CLASSES, EXECUTE, REPEAT, SKIP, decide
 
 PURE_ROUTER = -0.5  # the knob's position at which the routers alone decide
 
@@ -197,6 +199,9 @@ class LayerRouters(
         Differentiable. Raises ValueError for a layer there is not, for hidden states of another size, and
         for values that are not finite, naming layer and rows.
         """
+        return self._decide(layer, prompts)[0]
+
+    def _decide(self, layer: int, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer must be from 0 to {self.num_layers - 1}, got {layer}")
         hidden = prompts.hidden
@@ -205,23 +210,22 @@ class LayerRouters(
         if layer == 0 and self.w1.device != hidden.device:
             with torch.inference_mode(False):  # parameters moved in inference mode could not be trained any more
                 self.to(hidden.device)
-        pooled, counts = pool_windows(hidden, prompts.cu_seqlens, self.windows)
         weights = (p[layer].to(hidden.device) for p in (self.w1, self.b1, self.w2, self.b2))
-        logits = router_logits(pooled, counts, *weights)
+        logits, decisions = run_router(hidden, prompts.cu_seqlens, *weights, windows=self.windows)
         # No NaN or infinity of a window gets lost on the way: 0 * inf and gelu(-inf) are NaN.
-        finite = logits.isfinite().all(dim=1)
-        if not bool(finite.all()):
-            rows = (~finite).nonzero().flatten().tolist()
+        if not math.isfinite(logits.sum().item()):
+            rows = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
             raise ValueError(
                 f"layer {layer}: the hidden states of rows {rows[:8]} are not finite, or overflow in the router; look "
                 "for NaN in the model's weights or inputs, and use bfloat16 or float32 if the model overflows float16"
             )
-        return logits
+        return logits, decisions
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def route(self, layer: int, prompts: PromptBatch) -> Tensor:
         """int8 [B], for each prompt whether block `layer` is skipped (0), executed (1) or repeated (2)."""
-        return choose(self.logits(layer, prompts), self.knob)
+        logits, decisions = self._decide(layer, prompts)
+        return decisions if self.knob == PURE_ROUTER else choose(logits, self.knob)
 
     def extra_repr(self) -> str:
         base = "any" if self.base_model is None else repr(self.base_model["name"])

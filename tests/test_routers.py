@@ -151,18 +151,18 @@ def test_overflow_in_the_router_is_refused():
 def test_route_keeps_no_graph(monkeypatch):
     modes = []
     monkeypatch.setattr(
-        LayerRouters, "logits", lambda *args: modes.append(torch.is_grad_enabled()) or torch.zeros(1, 3)
+        LayerRouters, "_decide", lambda *args: modes.append(torch.is_grad_enabled()) or (torch.zeros(1, 3), None)
     )
     made().route(0, batch())
     assert modes == [False]
 
 
 def test_the_routers_follow_layer_0_to_its_device():
-    # The meta device stands in for an accelerator, as far as it goes: to reading cu_seqlens.
+    # The meta device stands in for an accelerator, as far as it goes: to reading the logits.
     routers = made()
     elsewhere = PromptBatch(batch().hidden.to("meta"), batch().cu_seqlens.to("meta"))
     for layer, device in ((1, "cpu"), (0, "meta")):
-        with torch.inference_mode(), pytest.raises(NotImplementedError, match="meta"):
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="meta"):
             routers.logits(layer, elsewhere)
         assert {p.device.type for p in routers.parameters()} == {device}
     assert not any(p.is_inference() for p in routers.parameters())

@@ -155,9 +155,10 @@ def test_the_innermost_of_using_and_disabled_holds():
     model = tiny("llama").enable_dynamic_routing([1] * LAYERS)
     row = prompts([7])[0][None]
     with torch.no_grad():
-        dense = model(row).logits
+        with model.routing.disabled():
+            dense = model(row).logits
         with model.routing.disabled(), model.routing.using([0, 1, 1, 1]):
-            assert not torch.equal(model(row).logits, dense)
+            assert not torch.allclose(model(row).logits, dense, atol=1e-3)
         with model.routing.using([0, 1, 1, 1]), model.routing.disabled():
             assert torch.equal(model(row).logits, dense)
 

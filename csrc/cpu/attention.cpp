@@ -12,6 +12,7 @@
 
 #include "attention_task.h"
 #include "check.h"
+#include "tensors.h"
 
 #define DRLLM_KERNELS "attention_kernel.h"
 #include "for_each_isa.h"
@@ -65,8 +66,7 @@ Tensor ragged_attention(const Tensor& query, const Tensor& keys, const Tensor& v
   check_value(cu_seqlens.size(0) == rows + 1 && lengths.size(0) == rows,
               "cu_seqlens must be [R + 1], starts and lengths [R]");
 
-  const Tensor ends = torch::stable::contiguous(cu_seqlens), at = torch::stable::contiguous(starts),
-               held = torch::stable::contiguous(lengths);
+  const Tensor ends = as_contiguous(cu_seqlens), at = as_contiguous(starts), held = as_contiguous(lengths);
   const int32_t* end = ends.const_data_ptr<int32_t>();
   const int32_t* start = at.const_data_ptr<int32_t>();
   const int32_t* length = held.const_data_ptr<int32_t>();
@@ -87,7 +87,7 @@ Tensor ragged_attention(const Tensor& query, const Tensor& keys, const Tensor& v
     sink_scores.assign(score, score + heads);
   }
 
-  Tensor out = torch::stable::new_empty(query, {tokens, heads, dim_v});
+  Tensor out = empty({tokens, heads, dim_v}, query.scalar_type());
   if (tokens == 0 || heads == 0 || dim_v == 0) return out;
   const Tensor q = dense_rows(query), k = dense_rows(keys), v = dense_rows(values);
   Attention a;

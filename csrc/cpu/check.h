@@ -1,4 +1,4 @@
-// Python sees std::invalid_argument as ValueError and TypeError as itself; STD_TORCH_CHECK would raise RuntimeError.
+// Python sees std::invalid_argument as ValueError, and every other exception as RuntimeError.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>

@@ -30,7 +30,7 @@ DRLLM_INLINE Floats load(const BFloat16* from) {
 }
 DRLLM_INLINE Floats load(const Float16* from) {
 #if DRLLM_LANES == 16
-  return (Floats)_mm512_cvtph_ps((__m256i)load_bits<Halves>(from));
+  return (Floats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)load_bits<Halves>(from));
 #elif DRLLM_LANES == 8
   return (Floats)_mm256_cvtph_ps((__m128i)load_bits<Halves>(from));
 #else
