@@ -2,13 +2,12 @@
 // second definition here would end the process at import.
 //
 // torch is reached through its stable ABI only, so that one binary serves every torch from TORCH_TARGET_VERSION on. The
-// module itself is a plain CPython module: tied to one version of Python, as pybind11 modules are.
-#include <Python.h>
-
+// module itself is pybind11's, tied to one version of Python.
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 
 #include "ops.h"
+#include "plan_module.h"
 
 STABLE_TORCH_LIBRARY_IMPL(drllm_fast, CPU, m) {
   m.impl("active_tokens", TORCH_BOX(&drllm_fast::cpu::active_tokens));
@@ -22,15 +21,10 @@ STABLE_TORCH_LIBRARY_IMPL(drllm_fast, CPU, m) {
 #define DRLLM_FAST_COMPILER "unknown"
 #endif
 
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "Compiled kernels of drllm-fast.", -1, nullptr,
-                                   nullptr, nullptr, nullptr, nullptr};
-  PyObject* module = PyModule_Create(&definition);
-  if (module == nullptr || PyModule_AddStringConstant(module, "backends", "cpu") < 0 ||
-      PyModule_AddStringConstant(module, "built_with_torch", TORCH_VERSION) < 0 ||
-      PyModule_AddStringConstant(module, "compiler", DRLLM_FAST_COMPILER) < 0) {
-    Py_XDECREF(module);
-    return nullptr;
-  }
-  return module;
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Compiled kernels and the planner of drllm-fast.";
+  module.attr("backends") = "cpu";
+  module.attr("built_with_torch") = TORCH_VERSION;
+  module.attr("compiler") = DRLLM_FAST_COMPILER;
+  drllm_fast::plan::add_to(module);
 }
