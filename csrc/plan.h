@@ -33,9 +33,9 @@ struct Decoded {
 
 Decoded decode_plan(const Paths& paths);
 std::vector<int64_t> order_rows(const Paths& paths);
-// visit_cost [2L]. Solved exactly where the multisets of paths that can be left over are at most exact_states.
+// visit_cost [2L]. Solved exactly where that takes at most exact_steps.
 std::vector<std::vector<int64_t>> group_paths(const Paths& paths, int64_t max_batch,
-                                              const std::vector<double>& visit_cost, int64_t exact_states);
+                                              const std::vector<double>& visit_cost, int64_t exact_steps);
 
 // The different paths among the rows, by first appearance.
 struct Distinct {

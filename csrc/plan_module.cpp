@@ -48,10 +48,10 @@ std::vector<int64_t> order(const Int8& plan) {
 }
 
 std::vector<std::vector<int64_t>> group(const Int8& array, int64_t max_batch, const std::vector<double>& visit_cost,
-                                        int64_t exact_states) {
+                                        int64_t exact_steps) {
   const Paths paths = paths_of(array);
   py::gil_scoped_release release;
-  return group_paths(paths, max_batch, visit_cost, exact_states);
+  return group_paths(paths, max_batch, visit_cost, exact_steps);
 }
 
 }  // namespace
@@ -60,7 +60,7 @@ void add_to(py::module_& module) {
   module.def("decode_plan", &decode, py::arg("plan"));
   module.def("order_rows", &order, py::arg("plan"));
   module.def("group_paths", &group, py::arg("paths"), py::arg("max_batch"), py::arg("visit_cost"),
-             py::arg("exact_states"));
+             py::arg("exact_steps"));
 }
 
 }  // namespace drllm_fast::plan

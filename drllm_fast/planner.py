@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from drllm_fast import ops, planner_reference
 
@@ -22,9 +23,9 @@ if ops.EXTENSION_ERROR is None:
 else:
     _implementation = planner_reference
 
-# Batches are formed exactly where fewer multisets of paths than this can be left over while forming them: prod(m + 1)
-# over the different paths, each of which m rows have. So for any 12 rows, and for 63 rows of each of two paths.
-EXACT_STATES = 4096
+# Batches are formed exactly where that takes at most this many steps: prod((m + 1) (m + 2) / 2) over the different
+# paths, each of which m rows have. So for any 10 rows, and for 20 rows of each of two paths.
+EXACT_STEPS = 3**10
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def group_paths(
     """Batches of at most `max_batch` of the rows of paths [N, L] that cost little, by `grouping_cost`.
 
     Every row is in one batch. The rows of a batch ascend, and so do the batches' first rows. Optimal where there are
-    few rows (EXACT_STATES); else the best of several partitions after a local search, never more expensive than filling
-    batches in order of arrival or in lexicographic order. Deterministic.
+    few rows (EXACT_STEPS); else the best of several partitions after a local search, never more expensive than filling
+    batches in order of arrival or in lexicographic order. The two smallest batches never fit into one. Deterministic.
 
     `row_cost` changes nothing here: a row pays it for its own visits, in whatever batch. It is accepted so that both
     functions take the same costs. Raises TypeError or ValueError.
@@ -100,7 +101,7 @@ def group_paths(
         raise ValueError(f"max_batch must be at least 1, got {max_batch}")
     _cost(row_cost, "row_cost", checked.shape[1])
     cost = _cost(visit_cost, "visit_cost", checked.shape[1]).ravel().tolist()
-    return _implementation.group_paths(checked, min(int(max_batch), len(checked)), cost, EXACT_STATES)
+    return _implementation.group_paths(checked, min(int(max_batch), len(checked)), cost, EXACT_STEPS)
 
 
 def grouping_cost(
@@ -139,9 +140,9 @@ def grouping_cost(
 def _paths(given: ArrayLike) -> np.ndarray:
     """int8 [N, L], checked. An empty list is no paths."""
     allowed = "layer paths are integers [rows, layers]: 0 skip, 1 execute, 2 repeat"
-    if hasattr(given, "detach"):  # a tensor, on whatever device
-        given = given.detach().cpu()
     try:
+        if isinstance(given, Tensor):
+            given = given.detach().cpu().numpy()
         paths = np.array(given)  # a copy, since the GIL is released while it is read
     except (TypeError, ValueError) as error:
         raise type(error)(f"not a table of paths ({error}); {allowed}") from error

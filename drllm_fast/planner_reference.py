@@ -1,7 +1,7 @@
 """What the planner computes, in Python: the specification of csrc/plan*.cpp, and what runs where that is not compiled.
 
 decode_plan gives the same as in C++, and so does order_rows for up to MAX_EXACT different paths; group_paths gives
-batches of the same cost up to `exact_states`. Beyond that both search by simpler rules than in C++ (no local search),
+batches of the same cost up to `exact_steps`. Beyond that both search by simpler rules than in C++ (no local search),
 for the same objective. Arguments are those that planner.py has checked: paths int8 [N, L].
 """
 
@@ -50,14 +50,14 @@ def order_rows(plan: np.ndarray) -> list[int]:
     return [row for path in tour for row in rows[path]]
 
 
-def group_paths(paths: np.ndarray, max_batch: int, visit_cost: list[float], exact_states: int) -> list[list[int]]:
+def group_paths(paths: np.ndarray, max_batch: int, visit_cost: list[float], exact_steps: int) -> list[list[int]]:
     """Batches in which few different visits are run."""
     if not len(paths):
         return []
     rows, different = _distinct(paths)
     runs = np.stack([different >= 1, different == 2], axis=2).reshape(len(different), -1)  # [k, 2L]
     counts = [len(r) for r in rows]
-    if prod(count + 1 for count in counts) <= exact_states:
+    if prod((count + 1) * (count + 2) // 2 for count in counts) <= exact_steps:
         batches = _exact_batches(runs, counts, max_batch, visit_cost)
     else:
         cost = np.array(visit_cost)
@@ -69,6 +69,9 @@ def group_paths(paths: np.ndarray, max_batch: int, visit_cost: list[float], exac
             *([order[i : i + max_batch] for i in range(0, len(order), max_batch)] for order in (alphabetical, arrival)),
         ]
         batches = min(tried, key=lambda some: sum(runs[batch].any(axis=0) @ cost for batch in some))
+    batches.sort(key=len)
+    while len(batches) > 1 and len(batches[0]) + len(batches[1]) <= max_batch:  # merging never costs anything
+        batches = sorted([batches[0] + batches[1], *batches[2:]], key=len)
     left = [iter(same) for same in rows]
     return sorted(sorted(next(left[path]) for path in batch) for batch in batches)
 
