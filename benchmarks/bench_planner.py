@@ -1,14 +1,14 @@
-"""Planning on the host: 10,000 sequences of 32 layers into batches; the order of a batch; what a forward asks of a plan.
+"""Planning on the host: batches of 10,000 sequences of 32 layers, the order of a batch, what a forward asks of a plan.
 
     pytest benchmarks/bench_planner.py -s     # -s shows what the batches cost
 
 independent  every layer of every path is skipped with probability 0.1 and repeated with 0.05
 layerwise    each layer has its own probabilities, most of them small, as a trained router's layers do
 
-Costs count the visits that a step of every batch runs. They are compared with batches filled in order of arrival, and of
-the sorted paths, and with a lower bound that no partition goes below, the larger of
-    sum over visits v of ceil(rows that run v / max_batch)           each visit needs that many batches
-    sum over j of the visits of the (1 + j max_batch)-th longest path   a batch costs what its longest path does
+Costs count the visits that a step of every batch runs. They are compared with batches filled in order of arrival, and
+in lexicographic order, and with a bound that no partition goes below, the larger of
+    sum over visits v of ceil(rows that run v / max_batch)      each visit needs that many batches
+    sum over j of the visits in the (1 + j max_batch)-th longest path      a batch costs what its longest path does
 """
 
 import functools

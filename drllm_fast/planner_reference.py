@@ -20,11 +20,11 @@ STARTS = 8
 
 def decode_plan(plan: np.ndarray) -> tuple:
     """The fields of planner.DecodePlan."""
-    batch, layers = plan.shape
+    batch, columns = len(plan), plan.T.tolist()
     known: dict[tuple[int, ...], tuple] = {}
 
-    def visit(layer: int, number: int) -> tuple:
-        rows = tuple(np.flatnonzero(plan[:, layer] > number).tolist())
+    def visit(column: list[int], number: int) -> tuple:
+        rows = tuple(row for row, times in enumerate(column) if times > number)
         if rows not in known:
             kind = "scattered"
             if not rows:
@@ -37,10 +37,10 @@ def decode_plan(plan: np.ndarray) -> tuple:
             known[rows] = rows, kind, tuple(place.get(row, -1) for row in range(batch))
         return known[rows]
 
-    pairs = [(visit(layer, 0), visit(layer, 1)) for layer in range(layers)]
+    pairs = [(visit(column, 0), visit(column, 1)) for column in columns]
     schedule, kinds, ranks = ([(once[f], twice[f]) for once, twice in pairs] for f in range(3))
     gathers = sum(kind == "scattered" for pair in kinds for kind in pair)
-    return schedule, kinds, ranks, tuple(plan.sum(axis=1, dtype=np.int64).tolist()), gathers
+    return schedule, kinds, ranks, tuple(map(sum, plan.tolist())), gathers
 
 
 def order_rows(plan: np.ndarray) -> list[int]:
