@@ -100,8 +100,9 @@ def group_paths(
     if max_batch < 1:
         raise ValueError(f"max_batch must be at least 1, got {max_batch}")
     _cost(row_cost, "row_cost", checked.shape[1])
-    cost = _cost(visit_cost, "visit_cost", checked.shape[1]).ravel().tolist()
-    return _implementation.group_paths(checked, min(int(max_batch), len(checked)), cost, EXACT_STEPS)
+    cost = _cost(visit_cost, "visit_cost", checked.shape[1]).ravel()
+    scaled = np.ldexp(cost, -np.frexp(cost.max(initial=0))[1])  # below 1, exactly, so that no sum overflows
+    return _implementation.group_paths(checked, min(int(max_batch), len(checked)), scaled.tolist(), EXACT_STEPS)
 
 
 def grouping_cost(
