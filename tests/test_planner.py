@@ -1,7 +1,6 @@
 import itertools
 import random
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -361,27 +360,23 @@ def test_ten_thousand_sequences_take_no_time(different, most):
 @compiled
 @pytest.mark.parametrize("function", [order_rows, lambda paths: group_paths(paths, 24)], ids=["order", "group"])
 def test_the_gil_is_released(function):
-    """Another thread goes on while a long call runs."""
+    """Another thread goes on while a long call runs. On a busy machine it may have to wait, but not every time."""
     paths = some_paths(0, 4_000, 64)
-    done = threading.Event()
-    took = []
 
-    def work():
-        start = time.perf_counter()
-        function(paths)
-        took.append(time.perf_counter() - start)
-        done.set()
+    def longest_wait():
+        """Of this thread, as a share of the call."""
+        start = last = time.perf_counter()
+        longest = 0.0
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(function, paths)
+            while not call.done():
+                time.sleep(0.0005)
+                now = time.perf_counter()
+                last, longest = now, max(longest, now - last)
+        assert now - start > 0.05, "too short to see anything"
+        return longest / (now - start)
 
-    thread = threading.Thread(target=work)
-    last, longest = time.perf_counter(), 0.0
-    thread.start()
-    while not done.is_set():
-        time.sleep(0.0005)
-        now = time.perf_counter()
-        last, longest = now, max(longest, now - last)
-    thread.join()
-    assert took[0] > 0.05, "too short to see anything"
-    assert longest < 0.6 * took[0]
+    assert any(longest_wait() < 0.5 for _ in range(3))
 
 
 def test_threads_agree(implementation):

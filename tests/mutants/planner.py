@@ -19,16 +19,16 @@ MUTANTS = [
         "if (done == all) best = 0;",
         "tests/test_planner.py -k order",
     ),
-    (  # 2-opt reverses one path too few
+    (  # 2-opt forgets one of the two steps that change
         "csrc/plan_order.cpp",
-        "std::reverse(at(i), at(j + 1));",
-        "std::reverse(at(i), at(j));",
+        "distance(tour[i - 1], tour[j]) + distance(tour[i], tour[j + 1])",
+        "distance(tour[i - 1], tour[j]) + distance(tour[j], tour[j + 1])",
         "tests/test_planner.py -k order",
     ),
-    (  # or-opt moves a part to the wrong side
+    (  # or-opt moves single paths only
         "csrc/plan_order.cpp",
-        "std::rotate(at(i), at(i + size), at(j + 1));",
-        "std::rotate(at(i), at(i + size), at(j));",
+        "kSegment = 3",
+        "kSegment = 1",
         "tests/test_planner.py -k order",
     ),
     (  # a visit that a batch gets twice counts as run by one path only
