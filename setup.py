@@ -6,7 +6,7 @@
     DRLLM_FAST_BUILD=none   pure Python
 
 torch is no build requirement: an isolated build would fetch gigabytes of it, and not the one that is installed. So
-compiling takes a build that sees the installed torch: pip install --no-build-isolation .
+compiling takes a build that sees the installed torch, and pybind11: pip install --no-build-isolation .
 No device is probed, and without the extension every op still has its reference implementation.
 """
 
@@ -40,6 +40,12 @@ def compile_with_torch(mode):
             f"torch cannot be imported by this build ({error}). To compile against the torch that is installed: "
             f"pip install --no-build-isolation ."
         ) from error
+    try:
+        import pybind11
+    except ImportError as error:
+        raise CannotCompile(
+            f"pybind11 cannot be imported by this build ({error}). Install it beside torch: pip install 'pybind11>=3'"
+        ) from error
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if found < TORCH_TARGET:
         raise CannotCompile(f"torch {torch.__version__} is older than the 2.10 that the extension is written for")
@@ -51,10 +57,11 @@ def compile_with_torch(mode):
 
     extension = CppExtension(
         "drllm_fast._C",
-        ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
-        depends=["csrc/ops.h", *sorted(glob("csrc/cpu/*.h"))],
+        ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp")), *sorted(glob("csrc/plan*.cpp"))],
+        depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h")),
+        include_dirs=[pybind11.get_include()],  # before the older one that torch brings
         extra_compile_args=[
-            "/O2" if os.name == "nt" else "-O3",
+            *(["/O2", "/std:c++17"] if os.name == "nt" else ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]),
             f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000",
         ],
     )

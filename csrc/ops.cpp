@@ -2,13 +2,13 @@
 // second definition here would end the process at import.
 //
 // torch is reached through its stable ABI only, so that one binary serves every torch from TORCH_TARGET_VERSION on. The
-// module itself is a plain CPython module: tied to one version of Python, as pybind11 modules are.
-#include <Python.h>
-
+// module itself is pybind11's, tied to one version of Python.
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 
+#include "cpu/cpu_isa.h"
 #include "ops.h"
+#include "plan_module.h"
 
 STABLE_TORCH_LIBRARY_IMPL(drllm_fast, CPU, m) {
   m.impl("active_tokens", TORCH_BOX(&drllm_fast::cpu::active_tokens));
@@ -24,15 +24,13 @@ STABLE_TORCH_LIBRARY_IMPL(drllm_fast, CPU, m) {
 #define DRLLM_FAST_COMPILER "unknown"
 #endif
 
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "Compiled kernels of drllm-fast.", -1, nullptr,
-                                   nullptr, nullptr, nullptr, nullptr};
-  PyObject* module = PyModule_Create(&definition);
-  if (module == nullptr || PyModule_AddStringConstant(module, "backends", "cpu") < 0 ||
-      PyModule_AddStringConstant(module, "built_with_torch", TORCH_VERSION) < 0 ||
-      PyModule_AddStringConstant(module, "compiler", DRLLM_FAST_COMPILER) < 0) {
-    Py_XDECREF(module);
-    return nullptr;
-  }
-  return module;
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Compiled kernels and the planner of drllm-fast.";
+  module.attr("backends") = "cpu";
+  module.attr("built_with_torch") = TORCH_VERSION;
+  module.attr("compiler") = DRLLM_FAST_COMPILER;
+  // A function, so that a wrong DRLLM_FAST_ISA is an error where kernels are used, and not a reason to do without them.
+  module.def("isa", [] { return drllm_fast::cpu::name(drllm_fast::cpu::isa()); },
+             "The instruction set that the CPU kernels run with.");
+  drllm_fast::plan::add_to(module);
 }

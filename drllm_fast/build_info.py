@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from drllm_fast import ops
+from drllm_fast import ops, planner, planner_reference
 
 RELATED = ("torch", "transformers", "triton")
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -17,7 +17,9 @@ def build_info() -> dict[str, Any]:
 
     versions   of drllm-fast, Python, torch, transformers and triton; None for what is not installed
     cuda       the CUDA version torch was built for, or None, and the device, or None
-    extension  whether drllm_fast._C is loaded, its facts, and the reason if it is not
+    extension  whether drllm_fast._C is loaded, its facts, and the reason if it is not; instruction_set is what the CPU
+               kernels run with: baseline, avx2, avx512 or avx512bf16, the best there is or DRLLM_FAST_ISA
+    planner    the implementation that runs, and why
     ops        for each op and device the implementation that runs, and why
     """
     return {
@@ -31,6 +33,7 @@ def build_info() -> dict[str, Any]:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "extension": _extension(),
+        "planner": _planner(),
         "ops": {name: {device: _implementation(name, device) for device in DISPATCH_KEYS} for name in _op_names()},
     }
 
@@ -43,6 +46,7 @@ def build_report() -> str:
     built_for = f"torch is built for CUDA {cuda['torch_built_for']}" if cuda["torch_built_for"] else "torch is CPU only"
     lines.append(f"{'cuda':14}{built_for}, {cuda['device'] or 'no device'}")
     lines.append(f"{'extension':14}{_extension_text(extension)}")
+    lines.append(f"{'planner':14}{info['planner']['implementation']}, {info['planner']['why']}")
     width = max(map(len, info["ops"]), default=0)
     for name, devices in info["ops"].items():
         for device, runs in devices.items():
@@ -63,7 +67,7 @@ def _extension() -> dict[str, Any]:
         from drllm_fast import _C
 
         facts = {name: getattr(_C, name) for name in ("backends", "built_with_torch", "compiler")}
-        return {"loaded": True, "why_not": None, "file": _C.__file__, **facts}
+        return {"loaded": True, "why_not": None, "file": _C.__file__, "instruction_set": _C.isa(), **facts}
     missing = isinstance(error, ModuleNotFoundError) and error.name == "drllm_fast._C"
     why_not = "not compiled" if missing else f"compiled, but it cannot be loaded: {error}"
     return {"loaded": False, "why_not": why_not, "file": error.path}
@@ -71,8 +75,17 @@ def _extension() -> dict[str, Any]:
 
 def _extension_text(extension: dict[str, Any]) -> str:
     if extension["loaded"]:
-        return f"{extension['backends']}, built with torch {extension['built_with_torch']}, {extension['file']}"
+        return (
+            f"{extension['backends']} with {extension['instruction_set']}, built with torch "
+            f"{extension['built_with_torch']}, {extension['file']}"
+        )
     return f"{extension['why_not']}; pip install --no-build-isolation . compiles it, with torch and a C++ compiler"
+
+
+def _planner() -> dict[str, str]:
+    if planner._implementation is planner_reference:
+        return {"implementation": "Python", "why": "the extension is not loaded"}
+    return {"implementation": "C++", "why": "the extension is loaded"}
 
 
 def _op_names() -> list[str]:

@@ -23,11 +23,10 @@ from transformers.cache_utils import (
 
 from drllm_fast.active import ACTIVE
 from drllm_fast.kv_slot import KVSlot
+from drllm_fast.planner import DecodePlan, decode_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-Schedule = list[tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 class RoutedLayer(CacheLayerMixin):
@@ -116,19 +115,23 @@ class RoutedCache(DynamicCache):
         self.decided_by: object | None = None
         self.tally: object | None = None
         self.model: Callable[[], nn.Module | None] | None = None  # weak: a cache keeps no model alive
-        self._schedule: Schedule | None = None
+        self._decoded: DecodePlan | None = None
         self._where: dict[tuple, Tensor] = {}  # of the forward that is running, see KVSlot.write
 
     # -- the executor's side ------------------------------------------------------------------------------------
     @property
-    def schedule(self) -> Schedule:
+    def decoded(self) -> DecodePlan:
+        if self._decoded is None:
+            self._decoded = decode_plan(self.plan)
+        return self._decoded
+
+    @property
+    def schedule(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """Per layer, the rows of its first and of its second visit."""
-        if self._schedule is None:
-            self._schedule = schedule_of(self.plan)
-        return self._schedule
+        return self.decoded.schedule
 
     def fix(self, plan: Tensor, decided_by: object) -> None:
-        self.plan, self.decided_by, self._schedule = plan, decided_by, None
+        self.plan, self.decided_by, self._decoded = plan, decided_by, None
 
     def advance(self, lengths: list[int], columns: int, real: Tensor | None) -> None:
         """Commit a forward: its tokens are in the slots."""
@@ -262,11 +265,10 @@ class RoutedCache(DynamicCache):
         if not sources:
             self.reset()
             return
-        schedule, memo = self.schedule, {}
+        decoded, memo = self.decoded, {}
         for index, layer in enumerate(self.layers):
-            for rows, slot in zip(schedule[index], layer.slots, strict=True):
-                rank = {row: i for i, row in enumerate(rows)}
-                slot.take([rank[s] for s in sources if s in rank], [self.lengths[r] for r in rows], memo)
+            for rows, rank, slot in zip(decoded.schedule[index], decoded.ranks[index], layer.slots, strict=True):
+                slot.take([rank[s] for s in sources if rank[s] >= 0], [self.lengths[r] for r in rows], memo)
         self.fix(self.plan[sources], self.decided_by)
         self.lengths = [self.lengths[s] for s in sources]
         self.real = None if self.real is None else _unless_all(self.real[sources])
@@ -277,15 +279,6 @@ class RoutedCache(DynamicCache):
         shared = ("decided_by", "tally", "model")
         twin.__dict__ = {k: v if k in shared else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
         return twin
-
-
-def schedule_of(plan: Tensor) -> Schedule:
-    """Per layer, the rows of its first and of its second visit, from a plan [B, L]."""
-    columns = plan.T.tolist()
-    return [
-        (tuple(r for r, d in enumerate(column) if d >= 1), tuple(r for r, d in enumerate(column) if d == 2))
-        for column in columns
-    ]
 
 
 def check_convertible(cache: object) -> None:

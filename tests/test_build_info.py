@@ -19,6 +19,7 @@ def test_what_it_says_is_what_runs():
     assert info["ops"].keys() >= ROW_OPS
     loaded = ops.EXTENSION_ERROR is None
     assert info["extension"]["loaded"] is loaded
+    assert info["planner"]["implementation"] == ("C++" if loaded else "Python")
     for name in ROW_OPS:
         assert info["ops"][name]["cpu"]["implementation"] == ("C++" if loaded else "reference")
         assert info["ops"][name]["cuda"]["implementation"] == "reference"
@@ -28,6 +29,7 @@ def test_report_has_every_fact():
     info, report = build_info(), build_report()
     for name, found in info["versions"].items():
         assert f"{name:14}{found or 'not installed'}" in report
+    assert f"planner       {info['planner']['implementation']}, {info['planner']['why']}" in report
     for name in ROW_OPS:
         assert report.count(f"op {name} ") == 2
 
@@ -56,11 +58,14 @@ import torch
 from drllm_fast import ops
 from drllm_fast.build_info import build_info, build_report
 assert ops.gather_rows(torch.arange(6.).reshape(3, 2), torch.tensor([2])).tolist() == [[4, 5]]
+from drllm_fast.planner import decode_plan
+assert decode_plan([[1, 2]]).schedule == [((0,), ()), ((0,), (0,))]
 assert {why_not!r} in build_report()
 print(json.dumps(build_info()))
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     info = json.loads(ran.stdout.splitlines()[-1])
     assert not info["extension"]["loaded"] and info["extension"]["why_not"] == why_not
+    assert info["planner"] == {"implementation": "Python", "why": "the extension is not loaded"}
     for name in ROW_OPS:
         assert info["ops"][name]["cpu"] == {"implementation": "reference", "why": "the extension is not loaded"}

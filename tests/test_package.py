@@ -67,7 +67,7 @@ def test_sdist_is_complete(unpacked):
     wanted = files_of_package() | {
         *("pyproject.toml", "setup.py", "MANIFEST.in", "constraints.txt", "Makefile"),
         *("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
-        *("csrc/ops.h", "csrc/ops.cpp", "csrc/cpu/rows.cpp"),
+        *("csrc/ops.h", "csrc/ops.cpp", "csrc/cpu/rows.cpp", "csrc/plan.h", "csrc/plan_group.cpp"),
         *("tests/test_package.py", "benchmarks/conftest.py"),
     }
     assert wanted <= held
@@ -114,6 +114,16 @@ def test_without_torch_the_build_is_pure_python(unpacked, tmp_path):
     assert wheel.name == f"{NAME}-py3-none-any.whl"
     assert "building pure Python: torch cannot be imported by this build (torch is hidden)" in said
     assert "pip install --no-build-isolation ." in said
+
+
+def test_without_pybind11_the_build_is_pure_python(unpacked, tmp_path):
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "pybind11.py").write_text("raise ImportError('pybind11 is hidden')")
+    (tmp_path / "to").mkdir()
+    wheel, said = build("wheel", unpacked, tmp_path / "to", PYTHONPATH=str(tmp_path / "path"))
+    assert wheel.name == f"{NAME}-py3-none-any.whl"
+    assert "building pure Python: pybind11 cannot be imported by this build (pybind11 is hidden)" in said
+    assert "pip install 'pybind11>=3'" in said
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a compiler that fails is made from a shell command")
