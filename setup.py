@@ -13,6 +13,7 @@ No device is probed, and without the extension every op still has its reference 
 import os
 import shutil
 import sys
+from glob import glob
 
 from setuptools import setup
 
@@ -50,8 +51,8 @@ def compile_with_torch(mode):
 
     extension = CppExtension(
         "drllm_fast._C",
-        ["csrc/ops.cpp", "csrc/cpu/rows.cpp"],
-        depends=["csrc/ops.h"],
+        ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+        depends=["csrc/ops.h", *sorted(glob("csrc/cpu/*.h"))],
         extra_compile_args=[
             "/O2" if os.name == "nt" else "-O3",
             f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000",

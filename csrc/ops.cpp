@@ -12,8 +12,11 @@
 
 STABLE_TORCH_LIBRARY_IMPL(drllm_fast, CPU, m) {
   m.impl("active_tokens", TORCH_BOX(&drllm_fast::cpu::active_tokens));
+  m.impl("visit_rows", TORCH_BOX(&drllm_fast::cpu::visit_rows));
   m.impl("gather_rows", TORCH_BOX(&drllm_fast::cpu::gather_rows));
   m.impl("scatter_rows", TORCH_BOX(&drllm_fast::cpu::scatter_rows));
+  m.impl("scatter_add_rows", TORCH_BOX(&drllm_fast::cpu::scatter_add_rows));
+  m.impl("gather_rms_norm", TORCH_BOX(&drllm_fast::cpu::gather_rms_norm));
 }
 
 #if defined(__clang__) || defined(__GNUC__)

@@ -11,7 +11,10 @@ namespace drllm_fast::cpu {
 using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor> active_tokens(const Tensor& decisions, const Tensor& cu_seqlens, int64_t at_least);
+std::tuple<Tensor, Tensor, Tensor> visit_rows(const Tensor& decisions, const Tensor& cu_seqlens, int64_t tokens);
 Tensor gather_rows(const Tensor& x, const Tensor& index);
 Tensor scatter_rows(const Tensor& x, const Tensor& index, const Tensor& y);
+Tensor scatter_add_rows(const Tensor& x, const Tensor& index, const Tensor& y);
+std::tuple<Tensor, Tensor> gather_rms_norm(const Tensor& x, const Tensor& index, const Tensor& weight, double eps);
 
 }  // namespace drllm_fast::cpu
