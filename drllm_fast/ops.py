@@ -39,7 +39,7 @@ def active_tokens(decisions: Tensor, cu_seqlens: Tensor, *, at_least: int) -> tu
 
 
 def visit_rows(decisions: Tensor, cu_seqlens: Tensor, *, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens of both visits of a block, in buffers of one size whatever the decisions, so that a graph can hold them.
+    """The tokens of both visits of a block, in buffers whose sizes the decisions do not change: a graph can hold them.
 
     decisions   int8 [B], how often each row runs the block
     cu_seqlens  int32 [B + 1], where each row's tokens begin in the packed batch, from 0
@@ -101,11 +101,11 @@ def _check(check, *arguments) -> None:
 
 for _name, _schema in {
     "active_tokens": "(Tensor decisions, Tensor cu_seqlens, int at_least) -> (Tensor, Tensor)",
-    "visit_rows": "(Tensor decisions, Tensor cu_seqlens, SymInt tokens) -> (Tensor index, Tensor cu_visits, Tensor rows)",
+    "visit_rows": "(Tensor decisions, Tensor cu_seqlens, SymInt tokens) -> (Tensor, Tensor, Tensor)",
     "gather_rows": "(Tensor x, Tensor index) -> Tensor",
     "scatter_rows": "(Tensor x, Tensor index, Tensor y) -> Tensor",
     "scatter_add_rows": "(Tensor x, Tensor index, Tensor y) -> Tensor",
-    "gather_rms_norm": "(Tensor x, Tensor index, Tensor weight, float eps) -> (Tensor gathered, Tensor normed)",
+    "gather_rms_norm": "(Tensor x, Tensor index, Tensor weight, float eps) -> (Tensor, Tensor)",
 }.items():
     define(f"drllm_fast::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
     impl(f"drllm_fast::{_name}", "CompositeExplicitAutograd", getattr(rows_reference, _name))

@@ -1,5 +1,4 @@
-"""What the row ops compute, in plain torch: the specification of csrc/*/rows* and csrc/cpu/fused_rows.cpp, and what runs
-where no kernel does.
+"""What the row ops compute, in plain torch: the specification of the kernels in csrc, and what runs where none does.
 
     active_tokens     index = the positions of the tokens of every row b with decisions[b] >= at_least
     visit_rows        the same for both visits of a block at once, into buffers whose sizes the decisions do not change
@@ -31,7 +30,7 @@ def check_active(decisions: Tensor, cu_seqlens: Tensor, at_least: int) -> None:
 
 
 def check_visits(decisions: Tensor, cu_seqlens: Tensor, tokens: int) -> None:
-    """Raises TypeError or ValueError unless decisions is int8 [B], cu_seqlens int32 [B + 1], and tokens not negative."""
+    """Raises TypeError or ValueError unless decisions is int8 [B], cu_seqlens int32 [B + 1] and tokens not negative."""
     _check_decisions(decisions, cu_seqlens)
     if tokens < 0:
         raise ValueError(f"tokens must be at least cu_seqlens[-1], got {tokens}")

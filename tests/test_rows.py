@@ -194,7 +194,7 @@ def oracle_scatter(x, index, y):
 def oracle_gather(x, index):
     """The rows, and zeros of the right type for none."""
     rows = x.tolist()
-    return [rows[i] if i >= 0 else torch.zeros_like(x[0]).tolist() for i in index]
+    return [rows[i] if i >= 0 else x.new_zeros(x.shape[1]).tolist() for i in index]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -65,7 +65,6 @@ void scale(T* out, const T* x, const T* weight, Sum<T> by, int64_t columns) {
 }  // namespace
 
 Tensor scatter_add_rows(const Tensor& x, const Tensor& index, const Tensor& y) {
-  check_index(x, index);
   check_new_rows(x, index, y);
   const std::vector<int64_t> source = Positions(x, index).inverse(x.size(0));
   const Rows old_rows(x), new_rows(y);
@@ -89,12 +88,7 @@ Tensor scatter_add_rows(const Tensor& x, const Tensor& index, const Tensor& y) {
 }
 
 std::tuple<Tensor, Tensor> gather_rms_norm(const Tensor& x, const Tensor& index, const Tensor& weight, double eps) {
-  check_index(x, index);
-  STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == x.scalar_type(),
-                  "weight must have the device and dtype of x");
-  check_value(weight.dim() == 1 && weight.size(0) == x.size(1), "weight must be [", x.size(1),
-              "], one for each column of x");
-  check_value(eps > 0 && std::isfinite(eps), "eps must be positive and finite, got ", eps);
+  check_norm(x, index, weight, eps);
   const Positions at(x, index);
   const Rows from(x);
   const Tensor weights = torch::stable::contiguous(weight);

@@ -10,13 +10,8 @@ namespace {
 // decisions [B] and cu_seqlens [B + 1]: which rows there are, and where their tokens lie.
 struct Batch {
   Batch(const Tensor& decisions, const Tensor& cu_seqlens) {
-    STD_TORCH_CHECK(decisions.scalar_type() == ScalarType::Char, "decisions must be int8");
-    STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int, "cu_seqlens must be int32");
-    STD_TORCH_CHECK(decisions.dim() == 1 && cu_seqlens.dim() == 1, "decisions must be [B] and cu_seqlens [B + 1]");
-    STD_TORCH_CHECK(decisions.is_cpu() && cu_seqlens.is_cpu(), "decisions and cu_seqlens must be on the CPU");
+    check_decisions(decisions, cu_seqlens);
     rows = decisions.size(0);
-    check_value(cu_seqlens.size(0) == rows + 1, "cu_seqlens must have one entry more than decisions, got ",
-                cu_seqlens.size(0), " and ", rows);
     decided = torch::stable::contiguous(decisions);
     offsets = torch::stable::contiguous(cu_seqlens);
     decision = decided.const_data_ptr<int8_t>();
@@ -123,7 +118,6 @@ Tensor gather_rows(const Tensor& x, const Tensor& index) {
 }
 
 Tensor scatter_rows(const Tensor& x, const Tensor& index, const Tensor& y) {
-  check_index(x, index);
   check_new_rows(x, index, y);
   const std::vector<int64_t> source = Positions(x, index).inverse(x.size(0));
   const Rows old_rows(x), new_rows(y);

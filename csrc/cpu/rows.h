@@ -1,42 +1,13 @@
-// What the row kernels of the CPU share: their checks, and how rows lie in memory.
+// What the row kernels of the CPU share: how rows lie in memory, and which of them an index names.
 #pragma once
 
 #include "../ops.h"
-
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+#include "../tensors.h"
 
 #include <algorithm>
-#include <sstream>
-#include <stdexcept>
 #include <vector>
 
 HIDDEN_NAMESPACE_BEGIN(drllm_fast, cpu)  // as the types of torch that it holds are
-
-using torch::headeronly::ScalarType;
-
-// Python sees std::invalid_argument as ValueError; the runtime_error of STD_TORCH_CHECK would be a RuntimeError.
-template <class... Parts>
-void check_value(bool holds, const Parts&... message) {
-  if (holds) return;
-  std::ostringstream text;
-  (text << ... << message);
-  throw std::invalid_argument(text.str());
-}
-
-inline void check_index(const Tensor& x, const Tensor& index) {
-  STD_TORCH_CHECK(x.dim() == 2 && index.dim() == 1, "x must be [T, d] and index [T'], got ", x.dim(), " and ",
-                  index.dim(), " dimensions");
-  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long, "index must be int64");
-  STD_TORCH_CHECK(x.is_cpu() && index.is_cpu(), "x and index must be on the CPU");
-}
-
-inline void check_new_rows(const Tensor& x, const Tensor& index, const Tensor& y) {
-  STD_TORCH_CHECK(y.is_cpu() && y.scalar_type() == x.scalar_type(), "y must have the device and dtype of x");
-  check_value(y.dim() == 2 && y.size(0) == index.size(0) && y.size(1) == x.size(1), "y must be [", index.size(0), ", ",
-              x.size(1), "], one row for each entry of index");
-}
 
 // index, each entry of which is a row of x or -1.
 struct Positions {
@@ -66,10 +37,10 @@ struct Positions {
   int64_t count;
 };
 
-// Rows that lie whole in memory are read where they are, whatever the distance between them.
+// The rows of x [T, d].
 struct Rows {
   explicit Rows(const Tensor& x)
-      : owner(x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x)),
+      : owner(with_whole_rows(x)),
         data(static_cast<const char*>(owner.const_data_ptr())),
         stride(owner.stride(0) * static_cast<int64_t>(owner.element_size())),
         bytes(owner.size(1) * static_cast<int64_t>(owner.element_size())) {}
