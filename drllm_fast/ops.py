@@ -212,7 +212,7 @@ try:
 except ImportError as error:
     EXTENSION_ERROR = error
 try:
-    if torch.version.cuda is None:  # its libraries are not there, and a half-loaded one would end the process
+    if torch.version.cuda is None:  # what it links to is not there
         raise ImportError("this torch is built for the CPU only", name="drllm_fast._C_cuda")
     import drllm_fast._C_cuda  # noqa: F401  registers the CUDA kernels
 except ImportError as error:
