@@ -1,4 +1,4 @@
-"""Compiles `drllm_fast._C` and `drllm_fast._C_cuda`, where that can be done. Everything else about the package is in pyproject.toml.
+"""Compiles `drllm_fast._C` and `_C_cuda`, where that can be done. Everything else is in pyproject.toml.
 
     DRLLM_FAST_BUILD=auto   compile for the CPU if torch and a C++ compiler are there, else build pure Python (default)
     DRLLM_FAST_BUILD=cpu    compile for the CPU, or fail
@@ -45,7 +45,7 @@ def notice(text):
 def cuda_home():
     """The folder of the CUDA toolkit: the one with bin/nvcc and lib64.
 
-    torch guesses it from where nvcc is, which is wrong where that is a script that calls the real one. nvcc itself knows.
+    torch guesses it from where nvcc is, which is wrong where that is a script that calls the real one. nvcc knows.
     """
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     folders = [named] if named else []

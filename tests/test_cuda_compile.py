@@ -21,9 +21,8 @@ ARCHITECTURES = re.findall(r"(\d+)\.(\d+)", SETUP["CUDA_ARCHITECTURES"])
 REGISTERS = 64  # 1,024 threads of these on a multiprocessor, half of what it holds
 SHARED = 48 << 10  # what a kernel has without asking for more
 
-if not shutil.which("nvcc") and os.environ.get("DRLLM_FAST_REQUIRE_NVCC") == "1":
-    pytest.fail("DRLLM_FAST_REQUIRE_NVCC=1, and there is no nvcc", pytrace=False)
-needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
+required = os.environ.get("DRLLM_FAST_REQUIRE_NVCC") == "1"  # then these fail where there is no nvcc
+needs_nvcc = pytest.mark.skipif(not required and not shutil.which("nvcc"), reason="there is no nvcc")
 
 
 def run(*command):

@@ -40,9 +40,11 @@ unsigned blocks(int64_t work, int64_t per_block) {
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
   using Value = T;
-  static constexpr int kSize = N;
   T value[N];
 };
+
+template <class P>
+constexpr int kSize = sizeof(P) / sizeof(typename P::Value);
 
 template <class T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -202,7 +204,7 @@ __global__ void __launch_bounds__(kThreads) add_rows(Rows x, Rows y, const int64
       if (new_row != nullptr) {
         const P other = new_row[c];
 #pragma unroll
-        for (int k = 0; k < P::kSize; ++k) sum.value[k] = narrow<T>(widen(sum.value[k]) + widen(other.value[k]));
+        for (int k = 0; k < kSize<P>; ++k) sum.value[k] = narrow<T>(widen(sum.value[k]) + widen(other.value[k]));
       }
       out[i * width + c] = sum;
     }
@@ -243,15 +245,15 @@ __global__ void __launch_bounds__(kThreads)
       const P pack = row[c];
       copy[c] = pack;
 #pragma unroll
-      for (int k = 0; k < P::kSize; ++k) squares += widen(pack.value[k]) * widen(pack.value[k]);
+      for (int k = 0; k < kSize<P>; ++k) squares += widen(pack.value[k]) * widen(pack.value[k]);
     }
-    const Sum<T> mean = sum_over_block(squares) / static_cast<Sum<T>>(width * P::kSize);
+    const Sum<T> mean = sum_over_block(squares) / static_cast<Sum<T>>(width * kSize<P>);
     const Sum<T> scale = 1 / sqrt(mean + static_cast<Sum<T>>(eps));
     for (int64_t c = threadIdx.x; c < width; c += blockDim.x) {
       P pack = row[c];
       const P by = weight[c];
 #pragma unroll
-      for (int k = 0; k < P::kSize; ++k) {
+      for (int k = 0; k < kSize<P>; ++k) {
         const T rounded = narrow<T>(widen(pack.value[k]) * scale);
         pack.value[k] = narrow<T>(widen(by.value[k]) * widen(rounded));
       }
@@ -345,7 +347,7 @@ void scatter_add_rows(Type type, Rows x, Index index, Rows y, int64_t columns, v
   const int64_t unit = access({x.data, y.data, out}, {x.stride, y.stride, columns * size_of(type)});
   with_pack(type, unit, [&](auto pack) {
     using P = decltype(pack);
-    const int64_t width = columns / P::kSize;
+    const int64_t width = columns / kSize<P>;
     const dim3 block = block_of_rows(width);
     launch(add_rows<P>, blocks(x.count, block.y), block, stream, x, y, source, width, static_cast<P*>(out));
   });
@@ -357,7 +359,7 @@ void gather_rms_norm(Type type, Rows x, Index index, const void* weight, int64_t
   const int64_t unit = access({x.data, weight, gathered, normed}, {x.stride, columns * size_of(type)});
   with_pack(type, unit, [&](auto pack) {
     using P = decltype(pack);
-    const int64_t width = columns / P::kSize;
+    const int64_t width = columns / kSize<P>;
     const auto threads = static_cast<unsigned>(std::min<int64_t>(kThreads, ceil_div(width, kWarp) * kWarp));
     launch(norm_rows<P>, blocks(index.count, 1), threads, stream, x, index, static_cast<const P*>(weight), width, eps,
            static_cast<P*>(gathered), static_cast<P*>(normed));
