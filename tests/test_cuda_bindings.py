@@ -1,5 +1,5 @@
-"""csrc/cuda/ops.cpp, called by torch's dispatcher: compiled for the host with the emulated kernels, and registered where
-the CPU's kernels are otherwise. That is done in a process of its own."""
+"""csrc/cuda/ops.cpp, called by torch's dispatcher: compiled for the host with the emulated kernels, and registered in a
+process of its own, where the CPU's kernels are otherwise."""
 
 import os
 import shutil

@@ -5,8 +5,9 @@
     python -m tests.mutants.run rows --match csrc/cuda  those in files whose path has that in it
 
 A list of mutants is a file here with MUTANTS, tuples of a file, a text that it has once, what takes its place, and the
-arguments of pytest that must fail then: a file, and options. Everything happens in a copy of the tree. What is compiled is compiled again
-where a source of it changed; the CUDA sources are compiled by their own tests. Exits with 1 if a mutant survives."""
+arguments of pytest that must fail then: a file of tests, and options. Everything happens in a copy of the tree. What is
+compiled is compiled again where a source of it changed; the CUDA sources are compiled by their own tests. Exits with 1
+if a mutant survives."""
 
 import argparse
 import os
