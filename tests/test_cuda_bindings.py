@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_rows import both_visits, int8, int32
 from torch.utils.cpp_extension import include_paths, library_paths
+
+from drllm_fast import ops
 
 ROOT = Path(__file__).parents[1]
 EMULATION, SOURCES = ROOT / "tests" / "cuda_emulation", ROOT / "csrc" / "cuda"
@@ -103,3 +106,26 @@ def test_the_bindings(library):
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(library)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0 and "all of it ran" in ran.stdout, ran.stdout + ran.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_captured_graph_for_all_decisions(dtype):
+    """On a device: nothing waits for it, and a replay reads the decisions anew."""
+    assert ops.CUDA_EXTENSION_ERROR is None, ops.CUDA_EXTENSION_ERROR
+    x, weight = torch.randn(9, 40).to(dtype), torch.randn(40).to(dtype)
+    ends, plans = int32(0, 4, 4, 9), [int8(1, 2, 0), int8(0, 0, 0), int8(2, 1, 2), int8(0, 2, 1)]
+    given = [tensor.cuda() for tensor in (x, plans[0], ends, weight)]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        both_visits(*given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both_visits(*given)
+    for plan in plans:
+        given[1].copy_(plan)
+        graph.replay()
+        torch.testing.assert_close(captured.cpu(), both_visits(x, plan, ends, weight))
+        assert torch.equal(captured, both_visits(*given))
