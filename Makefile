@@ -14,8 +14,8 @@ help:
 	@echo 'make bench     run the benchmarks'
 	@echo 'make build     build the wheel and the source distribution into dist/'
 	@echo 'make clean     remove what was built; .venv stays'
-	@echo 'Each of them installs first if need be. PYTHON=python3.12 chooses the interpreter, DRLLM_FAST_BUILD=auto|cpu|none'
-	@echo 'what is compiled (see setup.py).'
+	@echo 'Each of them installs first if need be. PYTHON=python3.12 chooses the interpreter, DRLLM_FAST_BUILD=...'
+	@echo 'what is compiled: auto, cpu, cuda or none (see setup.py).'
 
 install: $(INSTALLED)
 

@@ -127,3 +127,98 @@ def bench_active_tokens(race, implementation, T):
         },
         check,
     )
+
+
+def eager_add(x, index, y):
+    out = x.clone()
+    out[index] += y
+    return out
+
+
+def moved_and_added(x, index, y):
+    return ops.scatter_rows(x, index, ops.gather_rows(x, index) + y)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "compile", "reference", "gather, add, scatter", "op"])
+@shapes
+def bench_scatter_add_rows(race, implementation, T, d):
+    x, index = rows(T, d, 0), torch.from_numpy(batch(T)[2])
+    y = rows(len(index), d, 1)
+    expected = x.float().numpy().copy()
+    expected[batch(T)[2]] += y.float().numpy()
+    race(
+        {
+            "eager": lambda: eager_add(x, index, y),
+            "compile": lambda: compiled(eager_add)(x, index, y),
+            "reference": lambda: rows_reference.scatter_add_rows(x, index, y),
+            "gather, add, scatter": lambda: moved_and_added(x, index, y),
+            "op": lambda: ops.scatter_add_rows(x, index, y),
+        },
+        equals(bits(torch.from_numpy(expected).to(DTYPE))),  # one rounding
+    )
+
+
+EPS = 1e-5
+
+
+def eager_norm(x, index, weight):
+    """As Hugging Face's LlamaRMSNorm."""
+    gathered = x[index]
+    hidden = gathered.float()
+    hidden = hidden * torch.rsqrt(hidden.square().mean(1, keepdim=True) + EPS)
+    return gathered, weight * hidden.to(x.dtype)
+
+
+def gathered_and_normed(x, index, weight):
+    gathered = ops.gather_rows(x, index)
+    return gathered, torch.nn.functional.rms_norm(gathered, gathered.shape[1:], weight, EPS)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "compile", "reference", "gather, rms_norm", "op"])
+@shapes
+def bench_gather_rms_norm(race, implementation, T, d):
+    x, weight, index = rows(T, d, 0), rows(1, d, 1)[0], torch.from_numpy(batch(T)[2])
+    exact = x.double()[index]
+    exact = weight.double() * exact * torch.rsqrt(exact.square().mean(1, keepdim=True) + EPS)
+    lost = (eager_norm(x, index, weight)[1] - exact).abs().max()
+
+    def check(result):
+        gathered, normed = result
+        np.testing.assert_array_equal(bits(gathered), bits(x)[batch(T)[2]])
+        assert (normed - exact).abs().max() <= 2 * lost
+
+    race(
+        {
+            "eager": lambda: eager_norm(x, index, weight),
+            "compile": lambda: compiled(eager_norm)(x, index, weight),
+            "reference": lambda: rows_reference.gather_rms_norm(x, index, weight, EPS),
+            "gather, rms_norm": lambda: gathered_and_normed(x, index, weight),
+            "op": lambda: ops.gather_rms_norm(x, index, weight, eps=EPS),
+        },
+        check,
+    )
+
+
+def eager_visits(decisions, cu_seqlens, tokens):
+    """Both visits as two calls of `eager_active`, brought to a fixed size."""
+    active = [eager_active(decisions - shift, cu_seqlens) for shift in (0, 1)]
+    return [torch.nn.functional.pad(index, (0, tokens - len(index)), value=-1) for index, _ in active]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "reference", "op"])
+@pytest.mark.parametrize("T", [2048, 256])
+def bench_visit_rows(race, implementation, T):
+    _, cu_seqlens, _ = batch(T)
+    decisions = torch.ones(SEQUENCES, dtype=torch.int8)
+    decisions[list(SKIPPED)], decisions[[0, 5]] = 0, 2
+    each = T // SEQUENCES
+    kept = [[t for t in range(T) if decisions[t // each] >= visit] for visit in (1, 2)]
+    expected = np.array([index + [-1] * (T - len(index)) for index in kept])
+    race(
+        {
+            "eager": lambda: eager_visits(decisions, cu_seqlens, T),
+            "reference": lambda: rows_reference.visit_rows(decisions, cu_seqlens, T)[0],
+            "op": lambda: ops.visit_rows(decisions, cu_seqlens, tokens=T)[0],
+        },
+        lambda index: np.testing.assert_array_equal(np.stack([np.asarray(visit) for visit in index]), expected),
+    )

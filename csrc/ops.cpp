@@ -12,10 +12,13 @@
 
 STABLE_TORCH_LIBRARY_IMPL(drllm_fast, CPU, m) {
   m.impl("active_tokens", TORCH_BOX(&drllm_fast::cpu::active_tokens));
+  m.impl("visit_rows", TORCH_BOX(&drllm_fast::cpu::visit_rows));
   m.impl("gather_rows", TORCH_BOX(&drllm_fast::cpu::gather_rows));
   m.impl("scatter_rows", TORCH_BOX(&drllm_fast::cpu::scatter_rows));
   m.impl("router", TORCH_BOX(&drllm_fast::cpu::router));
   m.impl("ragged_attention", TORCH_BOX(&drllm_fast::cpu::ragged_attention));
+  m.impl("scatter_add_rows", TORCH_BOX(&drllm_fast::cpu::scatter_add_rows));
+  m.impl("gather_rms_norm", TORCH_BOX(&drllm_fast::cpu::gather_rms_norm));
 }
 
 #if defined(__clang__) || defined(__GNUC__)

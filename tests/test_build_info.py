@@ -8,7 +8,8 @@ import torch
 from drllm_fast import ops
 from drllm_fast.build_info import build_info, build_report
 
-ROW_OPS = {"active_tokens", "gather_rows", "scatter_rows"}
+CUDA_OPS = {"visit_rows", "gather_rows", "scatter_rows", "scatter_add_rows", "gather_rms_norm"}
+ROW_OPS = {"active_tokens", *CUDA_OPS}
 
 
 def test_what_it_says_is_what_runs():
@@ -22,7 +23,11 @@ def test_what_it_says_is_what_runs():
     assert info["planner"]["implementation"] == ("C++" if loaded else "Python")
     for name in ROW_OPS:
         assert info["ops"][name]["cpu"]["implementation"] == ("C++" if loaded else "reference")
-        assert info["ops"][name]["cuda"]["implementation"] == "reference"
+        on_cuda = name in CUDA_OPS and ops.CUDA_EXTENSION_ERROR is None
+        assert info["ops"][name]["cuda"]["implementation"] == ("CUDA C++" if on_cuda else "reference")
+    if torch.version.cuda is None:
+        said = "the CUDA extension is not loaded: this torch is built for the CPU only"
+        assert {info["ops"][name]["cuda"]["why"] for name in ROW_OPS} == {said}
 
 
 def test_report_has_every_fact():

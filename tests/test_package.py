@@ -11,6 +11,7 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import torch
 
 from drllm_fast import ops
 
@@ -148,7 +149,11 @@ def test_compiled_wheel(unpacked, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"DRLLM_FAST_BUILD": "cuda"}, "this version has no CUDA sources yet; use auto, cpu or none"),
+        pytest.param(
+            {"DRLLM_FAST_BUILD": "cuda"},
+            "DRLLM_FAST_BUILD=cuda: it needs a torch that is built for CUDA, and torch .* is not",
+            marks=pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA"),
+        ),
         ({"DRLLM_FAST_BUILD": "gpu"}, "DRLLM_FAST_BUILD=gpu is not one of auto, cpu, cuda, none"),
         ({"DRLLM_FAST_BUILD": "cpu", "CXX": "no-such-compiler"}, "no C.. compiler was found .*no-such-compiler"),
     ],

@@ -1,6 +1,7 @@
 // ragged_attention on the CPU: how it is split into tasks, and what they are given. Kernels: attention_kernel.h. Oracle:
 // drllm_fast/attention_reference.py. All input is checked before anything is allocated or written.
 #include "../ops.h"
+#include "../tensors.h"
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -11,16 +12,13 @@
 #include <vector>
 
 #include "attention_task.h"
-#include "check.h"
-#include "tensors.h"
+#include "empty.h"
 
 #define DRLLM_KERNELS "attention_kernel.h"
 #include "for_each_isa.h"
 
 namespace drllm_fast::cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
 
 constexpr int64_t kRowsOfTask = 192;  // queries x heads of a group: keys are packed once for so many
 constexpr int64_t kKeysOfTask = 512;  // of a query that is alone in its row: a long row is shared by threads
@@ -33,7 +31,7 @@ struct Parts {  // of the keys of one row, for one group of heads
 };
 
 void check_tensor(const char* name, const Tensor& t, const Tensor& query) {
-  check_type(t.scalar_type() == query.scalar_type(), "query, keys and values must have one dtype, not so ", name);
+  STD_TORCH_CHECK(t.scalar_type() == query.scalar_type(), "query, keys and values must have one dtype, not so ", name);
   check_value(t.dim() == 3, name, " must have 3 dimensions, got ", t.dim());
   check_value(t.is_cpu(), name, " must be on the CPU");
 }
@@ -46,7 +44,7 @@ Tensor ragged_attention(const Tensor& query, const Tensor& keys, const Tensor& v
                         const Tensor& starts, const Tensor& lengths, int64_t, int64_t, double scale,
                         std::optional<int64_t> window, std::optional<double> softcap, std::optional<Tensor> sinks) {
   const bool is_float = query.scalar_type() == ScalarType::Float;
-  check_type(is_float || query.scalar_type() == ScalarType::BFloat16,
+  STD_TORCH_CHECK(is_float || query.scalar_type() == ScalarType::BFloat16,
              "the CPU kernel of ragged_attention takes float32 and bfloat16; for other types call "
              "drllm_fast.attention_reference.ragged_attention");
   check_tensor("query", query, query);
@@ -60,7 +58,7 @@ Tensor ragged_attention(const Tensor& query, const Tensor& keys, const Tensor& v
   check_value(!window || *window >= 1, "window must be at least 1, got ", window.value_or(0));
   check_value(!softcap || *softcap > 0, "softcap must be above 0, got ", softcap.value_or(0));
   for (const Tensor* t : {&cu_seqlens, &starts, &lengths})
-    check_type(t->scalar_type() == ScalarType::Int && t->is_cpu() && t->dim() == 1,
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && t->is_cpu() && t->dim() == 1,
                "cu_seqlens, starts and lengths must be int32, of one dimension, on the CPU");
   const int64_t rows = starts.size(0);
   check_value(cu_seqlens.size(0) == rows + 1 && lengths.size(0) == rows,

@@ -1,6 +1,7 @@
 // The op `router` on the CPU. Arithmetic: router_kernel.h. Oracle: drllm_fast/router_reference.py. The second layer is
 // linear, so that the mean over windows is taken before it.
 #include "../ops.h"
+#include "../tensors.h"
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -8,16 +9,13 @@
 #include <algorithm>
 #include <memory>
 
-#include "check.h"
-#include "tensors.h"
+#include "empty.h"
 
 #define DRLLM_KERNELS "router_kernel.h"
 #include "for_each_isa.h"
 
 namespace drllm_fast::cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
 
 constexpr int64_t kClasses = 3;
 constexpr int64_t kWorkOfThread = 1 << 17;  // products, or elements read, that are worth waking a thread for
@@ -36,11 +34,11 @@ Tensor as_floats(const char* name, const Tensor& t, std::initializer_list<int64_
 std::tuple<Tensor, Tensor> router(const Tensor& x, const Tensor& cu_seqlens, const Tensor& w1, const Tensor& b1,
                                   const Tensor& w2, const Tensor& b2, const Tensor& cost, int64_t windows) {
   const ScalarType type = x.scalar_type();
-  check_type(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
              "the CPU kernel of router takes float32, bfloat16 and float16; for other types call "
              "drllm_fast.router_reference.router");
   check_value(x.dim() == 2 && x.is_cpu(), "x must be [T, d], on the CPU");
-  check_type(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_cpu() && cu_seqlens.dim() == 1,
+  STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_cpu() && cu_seqlens.dim() == 1,
              "cu_seqlens must be int32 [B + 1], on the CPU");
   check_value(cu_seqlens.size(0) >= 1, "cu_seqlens must be [B + 1], got no entry");
   check_value(windows >= 1, "windows must be at least 1, got ", windows);
