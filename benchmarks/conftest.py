@@ -3,8 +3,12 @@
 pytest-benchmark times one function after another, so that whatever else the machine does in the meantime looks like a
 difference between them. In a race, every round runs every implementation once, in alternating order, and the samples go
 to pytest-benchmark: its tables, its JSON and its comparisons work as they always do.
+
+Beside each time stand the bytes and the FLOPs that the work takes at least, and which share of this machine's ceilings
+that is: of the bandwidth of copying and of the rate of multiplying matrices, measured in the same session.
 """
 
+import functools
 import itertools
 import platform
 import statistics
@@ -18,6 +22,7 @@ from pytest_benchmark.utils import get_commit_info
 
 SECONDS, ROUNDS = 2.0, range(30, 1001)  # how long a race takes, about; the rounds it has
 _races: dict[str, dict[str, list[float]]] = {}  # group -> implementation -> seconds of each round
+_work: dict[str, tuple] = {}  # group -> bytes, flops, dtype
 _now = 0.0
 
 
@@ -39,13 +44,16 @@ def _group(item) -> str:
 
 @pytest.fixture
 def race(request, benchmark):
-    """race(implementations, check) in a bench function that is parametrised by `implementation` and by shapes.
+    """race(implementations, check, moved=, flops=, dtype=) in a bench function that is parametrised by `implementation`
+    and by shapes.
 
     implementations  name -> function without arguments
     check            raises unless what such a function returned is right
+    moved, flops     bytes read and written at least, and floating-point operations; None where neither is the point
+    dtype            in which the FLOPs could be done
     """
 
-    def run(implementations, check):
+    def run(implementations, check, *, moved=None, flops=None, dtype=torch.float32):
         name, group = request.node.callspec.params["implementation"], _group(request.node)
         for function in implementations.values():
             check(function())
@@ -53,6 +61,7 @@ def race(request, benchmark):
             return benchmark.pedantic(implementations[name])
         if group not in _races:
             _races[group] = _timed_in_turns(implementations)
+            _work[group] = moved, flops, dtype
         samples = itertools.cycle(_races[group][name])
 
         def step():
@@ -60,12 +69,13 @@ def race(request, benchmark):
             _now += next(samples)
 
         benchmark.extra_info.update(request.node.callspec.params)
+        benchmark.extra_info.update({"bytes": moved, "flops": flops})
         benchmark.pedantic(step, rounds=len(_races[group][name]))
 
     return run
 
 
-def _timed_in_turns(implementations):
+def _timed_in_turns(implementations, allowed=ROUNDS):
     def seconds_of(function):
         start = time.perf_counter()
         function()
@@ -74,12 +84,41 @@ def _timed_in_turns(implementations):
         return time.perf_counter() - start
 
     one_round = sum(min(seconds_of(f) for _ in range(5)) for f in implementations.values())
-    rounds = min(max(int(SECONDS / one_round), ROUNDS[0]), ROUNDS[-1])
+    rounds = min(max(int(SECONDS / one_round), allowed[0]), allowed[-1])
     samples = {name: [] for name in implementations}
     for turn in range(rounds):
         for name in list(implementations)[:: 1 if turn % 2 else -1]:
             samples[name].append(seconds_of(implementations[name]))
     return samples
+
+
+def _best_seconds(function, rounds=15):
+    return min(_timed_in_turns({"": function}, range(rounds, rounds + 1))[""])
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes read and written a second when 256 MiB are copied."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.ones(2**28, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _best_seconds(lambda: target.copy_(source))
+
+
+@functools.cache
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOPs a second of a product of square matrices."""
+    device, n = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
+    a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
+    return 2 * n**3 / _best_seconds(lambda: a @ b)
+
+
+def _shares(group: str, seconds: float) -> str:
+    def cells(work, ceiling):
+        return "- | -" if work is None else f"{work / 1e6:.3g} | {work / seconds / ceiling():.2f}"
+
+    moved, flops, dtype = _work[group]
+    return f"{cells(moved, copy_bandwidth)} | {cells(flops, lambda: matmul_rate(dtype))}"
 
 
 def _about() -> dict[str, str]:
@@ -103,15 +142,21 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The races as a table for benchmarks/README.md. Times are medians; the speed-up is over the first row."""
+    """The races as a table for benchmarks/README.md. Times are medians; the speed-up is over the first row; `of copy`
+    and `of matmul` are shares of the ceilings, above 1 for what fits into a cache."""
     if not _races:
         return
     write = terminalreporter.write_line
     write("\n" + ", ".join(f"{name} {value}" for name, value in _about().items()))
-    write("| benchmark | implementation | median us | quartiles | speed-up |\n|---|---|---:|---|---:|")
+    write(f"copies {copy_bandwidth() / 1e9:.3g} GB/s (256 MiB, read and written)")
+    for dtype in dict.fromkeys(dtype for _, flops, dtype in _work.values() if flops):
+        write(f"multiplies {matmul_rate(dtype) / 1e9:.4g} GFLOP/s in {dtype}")
+    write("| benchmark | implementation | median us | quartiles | speed-up | MB | of copy | MFLOP | of matmul |")
+    write("|---|---|---:|---|---:|---:|---:|---:|---:|")
     for group, samples in _races.items():
         first = statistics.median(next(iter(samples.values())))
         for name, seconds in samples.items():
             low, median, high = (1e6 * q for q in statistics.quantiles(seconds, n=4))
             speed_up = 1e6 * first / median
-            write(f"| {group} | {name} | {median:.1f} | {low:.1f} - {high:.1f} | {speed_up:.2f} |")
+            shares = _shares(group, median / 1e6)
+            write(f"| {group} | {name} | {median:.1f} | {low:.1f} - {high:.1f} | {speed_up:.2f} | {shares} |")
