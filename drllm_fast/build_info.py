@@ -90,4 +90,6 @@ def _implementation(op: str, device: str) -> dict[str, str]:
         return {"implementation": name, "why": f"a kernel is registered for {key}"}
     if device == "cpu" and ops.EXTENSION_ERROR is not None:
         return {"implementation": "reference", "why": "the extension is not loaded"}
+    if device == "cuda" and op in ops.TRITON_OPS:
+        return {"implementation": "reference", "why": ops.NO_TRITON}
     return {"implementation": "reference", "why": f"this version has no {key} kernel for it"}

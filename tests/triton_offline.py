@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def compile_variants(
     A variant has
         signature   {argument: type}, such as {"x_ptr": "*bf16", "tokens": "i32"}; constexprs may be left out
         constexprs  {argument: value}, also for integers that Triton specialises to 1 and for pointers that are None
-        num_warps, num_stages (4 and 3 by default)
+        num_warps, num_stages (4 and 3 by default), maxnreg
         divisible   names of the arguments that are multiples of 16; by default all pointers
 
     Each result has: target, variant (its number), registers (a thread), spilled (bytes of local memory a thread),
@@ -70,16 +70,22 @@ def _resources(cuobjdump: str, cubin: Path) -> dict[str, int]:
     return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"]}
 
 
-def _main(folder: str) -> None:
-    import importlib
+def _module(name: str) -> Any:
+    """A module of ours without its package: kernels import nothing of ours, and the package takes seconds to import."""
+    spec = spec_from_file_location(name, ROOT / f"{name.replace('.', '/')}.py") if "." in name else find_spec(name)
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
+
+def _main(folder: str) -> None:
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     request = json.load(sys.stdin)
-    kernel = getattr(importlib.import_module(request["module"]), request["kernel"])
+    kernel = getattr(_module(request["module"]), request["kernel"])
     results = []
     for target in request["targets"]:
         for number, variant in enumerate(request["variants"]):
@@ -95,7 +101,7 @@ def _main(folder: str) -> None:
                 if signature[name] != "constexpr"
             }
             source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-            options = {"num_warps": variant.get("num_warps", 4), "num_stages": variant.get("num_stages", 3)}
+            options = {key: variant[key] for key in ("num_warps", "num_stages", "maxnreg") if key in variant}
             compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
             ptx, cubin = (Path(folder, f"{len(results)}.{kind}") for kind in ("ptx", "cubin"))
             ptx.write_text(compiled.asm["ptx"])
