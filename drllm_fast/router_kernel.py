@@ -197,7 +197,7 @@ def supports(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, cost: Te
 
 def constants(h: int) -> dict[str, int]:
     """The kernel's constexprs and num_warps for routers of h hidden units."""
-    block_h = min(max(triton.next_power_of_2(h), 16), MAX_BLOCK_H)
+    block_h = min(64 if h <= 64 else 128, MAX_BLOCK_H)
     return {
         "TOKENS": TOKENS,
         "TILE": TILE,
@@ -205,7 +205,7 @@ def constants(h: int) -> dict[str, int]:
         "BLOCK_D": BLOCK_D,
         "BLOCK_H": block_h,
         "WINDOWS": 4,
-        "PIECES": 8,
+        "PIECES": 1024 // block_h,
         "UNROLL": 8,
         "num_warps": 4,
     }
