@@ -53,6 +53,7 @@ def _finish_row(
     cu_ptr, b1_ptr, w2_ptr, b2_ptr, cost_ptr, pieces_ptr, logits_ptr, decisions_ptr, h, windows,
     TOKENS: tl.constexpr, TILE: tl.constexpr, BLOCK_H: tl.constexpr, WINDOWS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
+    """Logits and decision of a row whose pieces are all there; first_segment and first_window count those before it."""
     length = tl.load(cu_ptr + row + 1) - tl.load(cu_ptr + row)
     count, size, parts = _windows_of(length, windows, TOKENS)
     class_at = tl.arange(0, 4)
