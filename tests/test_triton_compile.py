@@ -11,6 +11,7 @@ from drllm_fast import router_kernel  # noqa: E402
 
 TARGETS = (80, 90, 100)
 REGISTERS, THREADS = 2**16, 32  # of a multiprocessor, of a warp
+WARPS = 4
 SHARED = 99 * 2**10  # bytes a program may have on every card from sm_80 on
 
 
@@ -56,11 +57,16 @@ def compiled():
 def test_router(compiled, target, router):
     result = compiled[target, router]
     assert result["spilled"] == 0
-    threads = THREADS * router_kernel.constants(router[2])["num_warps"]
-    assert -(-result["registers"] // 8) * 8 * threads * router[4] <= REGISTERS
+    assert router_kernel.constants(router[2])["num_warps"] == WARPS
+    assert -(-result["registers"] // 8) * 8 * THREADS * WARPS * router[4] <= REGISTERS
     assert result["shared"] * router[4] <= SHARED
-    assert "mma.sync" in result["ptx"] and "tf32" in result["ptx"]  # on the tensor cores, though in fp32
-    assert "ld.global.cg" in result["ptx"]  # the pieces, past L1
+    # Three products on the tensor cores, of 16 x 8 x 8 numbers and a warp at a time, are as good as fp32.
+    products = router_kernel.BLOCK_D // 8 * router_kernel.constants(router[2])["BLOCK_H"] // 8 // WARPS
+    assert len(re.findall(r"mma\.sync\S*\.tf32\.tf32", result["ptx"])) == 3 * products
+    # All threads' pieces, then the count, which orders them before what the last program reads, past L1.
+    before, count, after = re.split(r"(atom\.global\.gpu\.acq_rel\.add)", result["ptx"])
+    assert count and before.rindex("bar.sync") > before.rindex("st.global")
+    assert after.index("bar.sync") < after.index("ld.global.cg")
     assert bool(re.search(r"ld\.global\.v[24]", result["ptx"])) is router[3]
 
 

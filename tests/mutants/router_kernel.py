@@ -5,7 +5,12 @@ TESTS = "tests/test_router_kernel.py"
 
 
 def _mutant(old: str, new: str, only: str) -> tuple[str, str, str, str]:
-    return FILE, old, new, f"{TESTS} -k '{only}'"
+    return FILE, old, new, f"{TESTS} -k {only}"
+
+
+def _compiled(old: str, new: str) -> tuple[str, str, str, str]:
+    """What only the compiled kernel shows: the interpreter runs one program at a time, in fp32 and without caches."""
+    return FILE, old, new, "tests/test_triton_compile.py"
 
 
 MUTANTS = [
@@ -50,4 +55,12 @@ MUTANTS = [
     _mutant("(skip > execute) & (skip > repeat)", "(skip >= execute) & (skip > repeat)", "test_ties"),
     # A NaN is overlooked.
     _mutant("(repeat > execute) & (repeat > skip)", "repeat > tl.maximum(execute, skip)", "test_ties"),
+    _compiled('input_precision="tf32x3"', 'input_precision="tf32"'),
+    _compiled('sem="acq_rel"', 'sem="relaxed"'),
+    _compiled(', cache_modifier=".cg"', ""),
+    _compiled(
+        "    # The pieces of all threads before the count, the count before the pieces of others are read.\n"
+        "    tl.debug_barrier()\n",
+        "",
+    ),
 ]
