@@ -58,9 +58,4 @@ MUTANTS = [
     _compiled('input_precision="tf32x3"', 'input_precision="tf32"'),
     _compiled('sem="acq_rel"', 'sem="relaxed"'),
     _compiled(', cache_modifier=".cg"', ""),
-    _compiled(
-        "    # The pieces of all threads before the count, the count before the pieces of others are read.\n"
-        "    tl.debug_barrier()\n",
-        "",
-    ),
 ]
