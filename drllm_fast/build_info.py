@@ -103,6 +103,8 @@ def _implementation(op: str, device: str) -> dict[str, str]:
         return {"implementation": name, "why": f"a kernel is registered for {key}"}
     if device == "cpu" and ops.EXTENSION_ERROR is not None:
         return {"implementation": "reference", "why": "the extension is not loaded"}
+    if device == "cuda" and op in ops.TRITON_OPS:
+        return {"implementation": "reference", "why": ops.NO_TRITON}
     if device == "cuda" and ops.CUDA_EXTENSION_ERROR is not None:
         why = f"the CUDA extension is not loaded: {ops.CUDA_EXTENSION_ERROR}"
         return {"implementation": "reference", "why": why}

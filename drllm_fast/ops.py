@@ -5,6 +5,8 @@ Each op `drllm_fast::name` is defined here and only here. Its reference implemen
 `drllm_fast._C_cuda` on CUDA. A kernel in Python is registered the same way: `torch.library.impl(name, "CUDA", ...)`.
 """
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 from torch.library import define, get_ctx, impl, register_autograd, register_fake
@@ -24,6 +26,15 @@ from drllm_fast.rows_reference import (
 
 EXTENSION_ERROR: ImportError | None = None  # why drllm_fast._C is not loaded; None when it is
 CUDA_EXTENSION_ERROR: ImportError | None = None  # the same for drllm_fast._C_cuda
+# Which ops have a Triton kernel, and why it is not registered; None when it is.
+TRITON_OPS = ("router",)
+NO_TRITON = (
+    "torch is CPU only"
+    if torch.version.cuda is None
+    else "triton is not installed"
+    if find_spec("triton") is None
+    else None
+)
 
 
 def active_tokens(decisions: Tensor, cu_seqlens: Tensor, *, at_least: int) -> tuple[Tensor, Tensor]:
@@ -349,6 +360,20 @@ register_autograd("drllm_fast::gather_rows", _gather_backward, setup_context=_ga
 register_autograd("drllm_fast::scatter_rows", _scatter_backward, setup_context=_scatter_setup)
 register_autograd("drllm_fast::scatter_add_rows", _scatter_add_backward, setup_context=_scatter_setup)
 register_autograd("drllm_fast::gather_rms_norm", _norm_backward, setup_context=_norm_setup)
+
+
+def _router_cuda(x, cu_seqlens, w1, b1, w2, b2, cost, windows):
+    from drllm_fast import router_kernel  # on the first call: importing Triton takes a second
+
+    # What the kernel does not take, fp64 and routers wider than 1024 in the main, is the reference's.
+    module = router_kernel if router_kernel.supports(x, w1, b1, w2, b2, cost) else router_reference
+    return module.router(x, cu_seqlens, w1, b1, w2, b2, cost, windows)
+
+
+# router_windows has no kernel: on training batches it is one large matrix product, which is cuBLAS's, between passes
+# over [L, B, windows, h], a few per cent (h / d) of the `pooled` that the product reads. Nothing is left to fuse.
+if NO_TRITON is None:
+    impl("drllm_fast::router", "CUDA", _router_cuda)
 
 try:
     import drllm_fast._C  # noqa: F401  registers the CPU kernels

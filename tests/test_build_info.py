@@ -39,6 +39,40 @@ def test_report_has_every_fact():
         assert report.count(f"op {name} ") == 2
 
 
+HIDDEN = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+"""
+TRITON = """
+import sys
+{before}
+import torch
+torch.version.cuda = {cuda!r}
+from drllm_fast.build_info import build_info
+assert "drllm_fast.router_kernel" not in sys.modules
+print(build_info()["ops"]["router"]["cuda"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("cuda", "before", "expected"),
+    [
+        ("13.0", "", {"implementation": "Triton", "why": "a kernel is registered for CUDA"}),
+        ("13.0", HIDDEN, {"implementation": "reference", "why": "triton is not installed"}),
+        (None, "", {"implementation": "reference", "why": "torch is CPU only"}),
+    ],
+    ids=["registered", "no triton", "no cuda"],
+)
+def test_triton_is_registered_where_it_can_run(cuda, before, expected):
+    """And the kernel, and with it Triton, is not imported before it runs."""
+    if expected["implementation"] == "Triton":
+        pytest.importorskip("triton")
+    script = TRITON.format(cuda=cuda, before=before)
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == str(expected)
+
+
 MISSING = "sys.modules['drllm_fast._C'] = None"
 BROKEN = """
 class Finder:
