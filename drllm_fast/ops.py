@@ -5,6 +5,8 @@ Each op `drllm_fast::name` is defined here and only here. Its reference implemen
 another device is registered the same way: `torch.library.impl("drllm_fast::name", "CUDA", ...)`.
 """
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 from torch.library import define, get_ctx, impl, register_autograd, register_fake
@@ -99,6 +101,7 @@ def ragged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    packed: bool = False,
 ) -> Tensor:
     """Causal attention of packed rows over keys that lie in the segments of a KV slot: [T, H, D_v], contiguous.
 
@@ -111,6 +114,8 @@ def ragged_attention(
     window      how many keys a query sees at most, itself included
     softcap     c turns a score s into c tanh(s / c)
     sinks       floating [H]: one score a head that takes part in the softmax and has no value
+    packed      the caller's word that every row's keys are those of its queries, where its queries lie: starts equal
+                cu_seqlens[:-1] and lengths the n_i. It changes nothing but which implementation may run
 
     The formula is in `drllm_fast.attention_reference`. Where gradients are asked for, that reference runs.
     Raises TypeError or ValueError.
@@ -118,6 +123,7 @@ def ragged_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     arguments = (query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks)
     _check(check_attention, *arguments)
+    arguments += (packed,)
     differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (query, keys, values, sinks)
     )
@@ -135,7 +141,8 @@ for _name, _schema in {
     " -> (Tensor, Tensor)",
     "router_windows": "(Tensor pooled, Tensor counts, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> Tensor",
     "ragged_attention": "(Tensor query, Tensor keys, Tensor values, Tensor cu_seqlens, Tensor starts, Tensor lengths, "
-    "SymInt max_query, SymInt max_length, float scale, int? window, float? softcap, Tensor? sinks) -> Tensor",
+    "SymInt max_query, SymInt max_length, float scale, int? window, float? softcap, Tensor? sinks, bool packed=False) "
+    "-> Tensor",
     "active_tokens": "(Tensor decisions, Tensor cu_seqlens, int at_least) -> (Tensor, Tensor)",
     "gather_rows": "(Tensor x, Tensor index) -> Tensor",
     "scatter_rows": "(Tensor x, Tensor index, Tensor y) -> Tensor",
@@ -143,6 +150,25 @@ for _name, _schema in {
     define(f"drllm_fast::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
     _module = {"router": router_reference, "ragged": attention_reference}.get(_name.split("_")[0], rows_reference)
     impl(f"drllm_fast::{_name}", "CompositeExplicitAutograd", getattr(_module, _name))
+
+
+def ragged_attention_cuda(
+    query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks, packed=False
+):  # fmt: skip
+    """torch's own varlen_attn where it offers exactly this, else Triton; float64, which no kernel takes, by the
+    reference, which waits for the device."""
+    from drllm_fast import attention_kernel, varlen
+
+    layout = (cu_seqlens, starts, lengths, max_query, max_length)
+    if query.dtype == torch.float64:
+        return attention_reference.ragged_attention(query, keys, values, *layout, scale, window, softcap, sinks, packed)
+    if packed and varlen.offers(query, keys, values, max_query, scale, window, softcap, sinks):
+        return varlen.packed_attention(query, keys, values, cu_seqlens, max_query, scale, window)
+    return attention_kernel.ragged_attention(query, keys, values, *layout, scale, window, softcap, sinks)
+
+
+if torch.version.cuda is not None and find_spec("triton") is not None:
+    impl("drllm_fast::ragged_attention", "CUDA", ragged_attention_cuda)
 
 
 @register_fake("drllm_fast::router")
@@ -157,7 +183,7 @@ def _(pooled, counts, w1, b1, w2, b2):
 
 
 @register_fake("drllm_fast::ragged_attention")
-def _(query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks):
+def _(query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks, packed):
     return query.new_empty(*query.shape[:2], values.shape[2])
 
 
