@@ -52,15 +52,15 @@ def bf16_as_on_a_device(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
 
 
-def attend(query, keys, values, new, starts, total, *, scale=None, **given):
-    """The launcher, called like the oracle."""
+def attend(query, keys, values, new, starts, total, *, scale=None, at_most=None, **given):
+    """The launcher, called like the oracle; at_most: the bounds it is given, by default the tightest."""
     layout = [torch.tensor(x, dtype=torch.int32) for x in ([0, *torch.tensor(new).cumsum(0).tolist()], starts, total)]
     query, keys, values = query[0].transpose(0, 1), keys[0], values[0]
     tensors = [t.to(DEVICE) for t in (query, keys, values, *layout)]
     if given.get("sinks") is not None:
         given["sinks"] = given["sinks"].to(DEVICE)
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    out = attention_kernel.ragged_attention(*tensors, max(new), max(total), scale, **given)
+    out = attention_kernel.ragged_attention(*tensors, *(at_most or (max(new), max(total))), scale, **given)
     assert out.is_contiguous() and out.dtype == query.dtype
     return out.cpu().unsqueeze(0)
 
@@ -211,6 +211,20 @@ def test_layouts(new, total, layout):
 @pytest.mark.parametrize(("new", "total"), [([7, 3], [N + 5, 9]), ([1, 1], [SPLIT + 9, 40])], ids=["tiles", "splits"])
 def test_head_dims(new, total, dim, dim_v):
     check(new, total, (3, 1), dim=dim, dim_v=dim_v, sinks=True)
+
+
+@pytest.mark.parametrize("feature", ["causal", "window 7", "sinks"])
+@pytest.mark.parametrize("at_most", [(M + 7, N + 9), (9 * M, 3 * SPLIT), (3, 9 * SPLIT), (9 * M, N + 9)], ids=str)
+def test_bounds_may_be_generous(at_most, feature):
+    """As for a graph that is captured once and replayed as rows grow."""
+    new, total, heads = [3, 1, 0, 2], [9, N + 9, 4, 2], (4, 2)
+    query, keys, values, starts = inputs(new, total, heads)
+    given = dict(FEATURES[feature])
+    if given.get("sinks"):
+        given["sinks"] = torch.linspace(-1, 2, heads[0])
+    out = attend(query, keys, values, new, starts, total, at_most=at_most, **given)
+    expected = oracle(query, keys, values, new, starts, total, **given)
+    assert (out - expected).abs().max() <= rounding_bound(query, keys, values, **given)
 
 
 def test_segments_may_lie_in_any_order():
