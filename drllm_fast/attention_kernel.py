@@ -273,6 +273,7 @@ def ragged_attention(
 
     block_d, block_dv = (max(triton.next_power_of_2(n), 16) for n in (dim, dim_v))
     max_query = min(max_query, tokens)
+    window = None if window is None or window >= max_length else window
     major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9  # 9: the interpreter
     block_m, block_n, num_warps, num_stages = block_sizes(max_query * group, max(block_d, block_dv), query.dtype, major)
     tiles = triton.cdiv(max_query * group, block_m)
@@ -293,11 +294,12 @@ def ragged_attention(
             DIM=dim, DIM_V=dim_v, BLOCK_D=block_d, BLOCK_DV=block_dv, GROUP=group,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_ROWS=BLOCK_ROWS, SPLIT=split, SEARCH=programs < rows * tiles,
             WINDOWED=window is not None, CAPPED=softcap is not None, SINKS=sinks is not None,
-            num_warps=num_warps, num_stages=num_stages,
+            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
         )  # fmt: skip
         if split:
             combine_kernel[tokens, heads](
                 acc, tops, totals, sinks, out, splits,
                 DIM_V=dim_v, BLOCK_DV=block_dv, BLOCK_SPLITS=BLOCK_SPLITS, SINKS=sinks is not None,
+                enable_fp_fusion=True,
             )  # fmt: skip
     return out

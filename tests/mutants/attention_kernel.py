@@ -31,11 +31,16 @@ MUTANTS = [
     # Sums are not rescaled when a larger score turns up.
     (KERNEL, "values, acc * faded[:, None],", "values, acc,", f"{TESTS} -k rows_of_every_size"),
     # A query that has seen no key yet.
-    (KERNEL, 'tl.where(top == float("-inf"), 0, top)', "top", f"{TESTS} -k split_keys"),
+    (KERNEL, 'tl.where(top == float("-inf"), 0, top)', "top", f"{TESTS} -k rows_of_every_size"),
     # The first program of a row takes itself for the last of the row before.
     (KERNEL, "candidates <= program)", "candidates < program)", f"{TESTS} -k search"),
     # Rows beyond the first block of the search.
-    (KERNEL, "row += tl.sum(before", "row = tl.sum(before", f"{TESTS} -k search"),
+    (
+        KERNEL,
+        "for block in range(0, rows, BLOCK_ROWS)",
+        "for block in range(0, tl.minimum(rows, BLOCK_ROWS), BLOCK_ROWS)",
+        f"{TESTS} -k search",
+    ),
     # Rows that are not there count.
     (KERNEL, " & (candidates < rows)", "", f"{TESTS} -k search"),
     # Totals that nobody wrote.
