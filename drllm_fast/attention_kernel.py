@@ -226,8 +226,9 @@ def block_sizes(queries: int, block_d: int, dtype: torch.dtype, major: int) -> t
         # of wide heads spill.
         most, block_n = 128, 64 if queries > 32 and (block_d <= 64 or major in (9, 10)) else 32
     block_m = min(max(triton.next_power_of_2(queries), 16), most)
-    num_warps = 8 if block_m * block_d > 4096 or dtype == torch.float32 else 4
-    return block_m, block_n, num_warps, 3 if block_n * block_d <= 4096 else 2
+    if dtype == torch.float32:
+        return block_m, block_n, 8, 2 if block_n == 32 else 3
+    return block_m, block_n, 8 if block_m * block_d > 4096 else 4, 3 if block_n * block_d <= 4096 else 2
 
 
 def split_length(tiles: int, max_query: int, max_length: int, window: int | None) -> tuple[int, int]:
