@@ -19,7 +19,8 @@ std::tuple<Tensor, Tensor> router(const Tensor& x, const Tensor& cu_seqlens, con
                                   const Tensor& w2, const Tensor& b2, const Tensor& cost, int64_t windows);
 Tensor ragged_attention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& cu_seqlens,
                         const Tensor& starts, const Tensor& lengths, int64_t max_query, int64_t max_length, double scale,
-                        std::optional<int64_t> window, std::optional<double> softcap, std::optional<Tensor> sinks);
+                        std::optional<int64_t> window, std::optional<double> softcap, std::optional<Tensor> sinks,
+                        bool packed);
 Tensor scatter_add_rows(const Tensor& x, const Tensor& index, const Tensor& y);
 std::tuple<Tensor, Tensor> gather_rms_norm(const Tensor& x, const Tensor& index, const Tensor& weight, double eps);
 

@@ -105,7 +105,7 @@ def forward_attention(
             scale=scaling, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux,
         )  # fmt: skip
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    layout = forward.key_layout(new, starts, total, query.device)
+    layout, packed = forward.key_layout(new, starts, total, query.device)
     return torch.ops.drllm_fast.ragged_attention(
-        query[0].transpose(0, 1), key[0], value[0], *layout, scale, sliding_window, softcap, s_aux
+        query[0].transpose(0, 1), key[0], value[0], *layout, scale, sliding_window, softcap, s_aux, packed
     ).unsqueeze(0)

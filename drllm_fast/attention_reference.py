@@ -85,10 +85,15 @@ def ragged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    packed: bool = False,
 ) -> Tensor:
     """query [T, H, D], keys [H_kv, N, D], values [H_kv, N, D_v] -> [T, H, D_v]; see `drllm_fast.ops`."""
     new, starts, lengths = cu_seqlens.diff().tolist(), starts.tolist(), lengths.tolist()
     check_layout(query.shape[0], keys.shape[1], cu_seqlens.tolist(), starts, lengths)
+    if packed and (starts != cu_seqlens[:-1].tolist() or lengths != new):
+        raise ValueError(
+            f"packed=True needs starts to be cu_seqlens[:-1] and lengths the rows' tokens, got {starts}, {lengths}"
+        )
     if not any(new):
         return query.new_zeros(*query.shape[:2], values.shape[2])
     out = attend_rows(

@@ -110,14 +110,14 @@ class RoutedForward:
             self.schedule[at] = (once, tuple(r for r in once if column[r] == 2))
 
     def key_layout(self, new: list[int], starts: list[int], total: list[int], device: torch.device) -> tuple:
-        """cu_seqlens, starts, lengths, max_query and max_length of `ops.ragged_attention`; remembered, since visits of
-        the same rows mostly keep their keys alike."""
+        """cu_seqlens, starts, lengths, max_query and max_length of `ops.ragged_attention`, and whether it is `packed`;
+        remembered, since visits of the same rows mostly keep their keys alike."""
         key = (*new, *starts, *total, device)
         if key not in self._layouts:
-            cu_seqlens, starts, lengths = (
-                torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, *accumulate(new)], starts, total)
-            )
-            self._layouts[key] = cu_seqlens, starts, lengths, max(new), max(total)
+            ends = [0, *accumulate(new)]
+            on_device = (torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, starts, total))
+            packed = total == new and starts == ends[:-1]
+            self._layouts[key] = (*on_device, max(new), max(total)), packed
         return self._layouts[key]
 
     def _rows_of(self, argument: object, subset: RowSet) -> object:

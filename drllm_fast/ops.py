@@ -143,6 +143,7 @@ def ragged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    packed: bool = False,
 ) -> Tensor:
     """Causal attention of packed rows over keys that lie in the segments of a KV slot: [T, H, D_v], contiguous.
 
@@ -155,6 +156,8 @@ def ragged_attention(
     window      how many keys a query sees at most, itself included
     softcap     c turns a score s into c tanh(s / c)
     sinks       floating [H]: one score a head that takes part in the softmax and has no value
+    packed      the caller's word that every row's keys are those of its queries, where its queries lie: starts equal
+                cu_seqlens[:-1] and lengths the n_i. It changes nothing but which implementation may run
 
     The formula is in `drllm_fast.attention_reference`, which is what runs where there is no kernel: where gradients are
     asked for, without the extension, for fp64 everywhere and for fp16 on the CPU.
@@ -164,7 +167,7 @@ def ragged_attention(
     arguments = (query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks)
     _check(check_attention, *arguments)
     if attention_has_kernel(query, keys, values, sinks):
-        return torch.ops.drllm_fast.ragged_attention(*arguments)
+        return torch.ops.drllm_fast.ragged_attention(*arguments, packed)
     return attention_reference.ragged_attention(*arguments)
 
 
@@ -208,7 +211,8 @@ for _name, _schema in {
     " -> (Tensor, Tensor)",
     "router_windows": "(Tensor pooled, Tensor counts, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> Tensor",
     "ragged_attention": "(Tensor query, Tensor keys, Tensor values, Tensor cu_seqlens, Tensor starts, Tensor lengths, "
-    "SymInt max_query, SymInt max_length, float scale, int? window, float? softcap, Tensor? sinks) -> Tensor",
+    "SymInt max_query, SymInt max_length, float scale, int? window, float? softcap, Tensor? sinks, bool packed=False) "
+    "-> Tensor",
     "active_tokens": "(Tensor decisions, Tensor cu_seqlens, int at_least) -> (Tensor, Tensor)",
     "visit_rows": "(Tensor decisions, Tensor cu_seqlens, SymInt tokens) -> (Tensor, Tensor, Tensor)",
     "gather_rows": "(Tensor x, Tensor index) -> Tensor",
@@ -219,6 +223,25 @@ for _name, _schema in {
     define(f"drllm_fast::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
     _module = {"router": router_reference, "ragged": attention_reference}.get(_name.split("_")[0], rows_reference)
     impl(f"drllm_fast::{_name}", "CompositeExplicitAutograd", getattr(_module, _name))
+
+
+def ragged_attention_cuda(
+    query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks, packed=False
+):  # fmt: skip
+    """torch's own varlen_attn where it offers exactly this, else Triton; float64, which no kernel takes, by the
+    reference, which waits for the device."""
+    from drllm_fast import attention_kernel, varlen
+
+    layout = (cu_seqlens, starts, lengths, max_query, max_length)
+    if query.dtype == torch.float64:
+        return attention_reference.ragged_attention(query, keys, values, *layout, scale, window, softcap, sinks, packed)
+    if packed and varlen.offers(query, keys, values, max_query, scale, window, softcap, sinks):
+        return varlen.packed_attention(query, keys, values, cu_seqlens, max_query, scale, window)
+    return attention_kernel.ragged_attention(query, keys, values, *layout, scale, window, softcap, sinks)
+
+
+if torch.version.cuda is not None and find_spec("triton") is not None:
+    impl("drllm_fast::ragged_attention", "CUDA", ragged_attention_cuda)
 
 
 @register_fake("drllm_fast::router")
@@ -233,7 +256,7 @@ def _(pooled, counts, w1, b1, w2, b2):
 
 
 @register_fake("drllm_fast::ragged_attention")
-def _(query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks):
+def _(query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks, packed):
     return query.new_empty(*query.shape[:2], values.shape[2])
 
 

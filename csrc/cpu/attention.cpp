@@ -42,7 +42,8 @@ Tensor dense_rows(const Tensor& t) { return t.size(2) <= 1 || t.stride(2) == 1 ?
 
 Tensor ragged_attention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& cu_seqlens,
                         const Tensor& starts, const Tensor& lengths, int64_t, int64_t, double scale,
-                        std::optional<int64_t> window, std::optional<double> softcap, std::optional<Tensor> sinks) {
+                        std::optional<int64_t> window, std::optional<double> softcap, std::optional<Tensor> sinks,
+                        bool) {
   const bool is_float = query.scalar_type() == ScalarType::Float;
   STD_TORCH_CHECK(is_float || query.scalar_type() == ScalarType::BFloat16,
              "the CPU kernel of ragged_attention takes float32 and bfloat16; for other types call "
