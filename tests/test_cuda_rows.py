@@ -164,6 +164,7 @@ def moved():
         yield torch.int16, 24, (unit // 2, 0), {}
         yield torch.int16, 24, (0, unit // 2), {}
         yield torch.int16, 3 * unit // 2, (0, 0), {}
+    yield torch.int16, 9, (7, 7), {}  # rows apart that can be moved 16 bytes at a time, and are no multiple of it
     yield torch.complex128, 3, (1, 2), {}
     yield torch.bool, 5, (1, 0), {}
 
@@ -246,6 +247,7 @@ def additions():
         settings = [(width, (0, 0), {}) for width in columns]
         settings += [(2 * pack, (0, 0), {which: dtype.itemsize}) for which in (0, 2, 3)]
         settings += [(2 * pack, (0, 0), {0: 16}), (2 * pack, (1, 0), {}), (2 * pack, (0, 1), {}), (5, (2, 3), {})]
+        settings += [(pack + 1, (pack - 1, pack - 1), {})]
         for width, gaps, shifts in settings:
             for rows in (0, 2, 2 * (THREADS // 4) + 5) if width < 4 else (5,):
                 index = draw_index(draw, rows, draw.choice([0, rows, rows + 3]))
@@ -273,7 +275,8 @@ def norms():
         pack = VECTOR // dtype.itemsize
         widths = [1, WARP - 1, WARP, WARP + 1, THREADS - 1, THREADS, THREADS + 1, 2 * THREADS + 5]
         settings = [(pack * width, 0, {}) for width in widths] + [(width, 0, {}) for width in widths]
-        settings += [(2 * pack, 0, {which: dtype.itemsize}) for which in (0, 2, 3, 4)] + [(2 * pack, 1, {})]
+        settings += [(2 * pack, 0, {which: dtype.itemsize}) for which in (0, 2, 3, 4)]
+        settings += [(2 * pack, 1, {}), (pack + 1, pack - 1, {})]
         for columns, gap, shifts in settings:
             size = 10.0 ** (len(shifts) - columns % 3)
             x = (size * torch.randn(4, columns, generator=generator)).to(dtype)

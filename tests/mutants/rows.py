@@ -98,12 +98,15 @@ MUTANTS = [
         "all |= 0 * (pointer != nullptr);",
         COPY,
     ),
+    (ROWS_CU, "access({x.data, out}, {x.stride, bytes})", "access({x.data, out}, {x.stride})", COPY),
+    (ROWS_CU, "{x.stride, y.stride, bytes}", "{x.stride, y.stride}", COPY),
     # scatter_add_rows on CUDA
     (ROWS_CU, "source[i] < 0 ? nullptr : row_of<P>(y", "source[i] <= 0 ? nullptr : row_of<P>(y", ADD),
     (ROWS_CU, "{x.stride, y.stride, columns * size_of(type)}", "{x.stride, y.stride}", ADD),
     (ROWS_CU, "i < x.count; i += int64_t{gridDim.x} * blockDim.y", "i < x.count; i += x.count", ADD),
     (ROWS_CU, "++k) sum.value[k] = narrow", "k += 2) sum.value[k] = narrow", ADD),
     # gather_rms_norm on CUDA
+    (ROWS_CU, "{x.stride, columns * size_of(type)}", "{x.stride}", NORM),
     (ROWS_CU, "step > 0; step /= 2", "step > 1; step /= 2", NORM),
     (ROWS_CU, "warp < static_cast<int>(blockDim.x) / kWarp", "warp < 1", NORM),
     (ROWS_CU, "copy[c] = unit[c] = P{};", "copy[c] = P{};", NORM),
