@@ -1,4 +1,4 @@
-// The module drllm_fast._C. Importing it registers the kernels below under schemas that drllm_fast/ops.py defines; a
+// The module drllm_fast._C. Importing it registers the kernels below under schemas that drllm_fast defines in Python; a
 // second definition here would end the process at import.
 //
 // torch is reached through its stable ABI only, so that one binary serves every torch from TORCH_TARGET_VERSION on. The

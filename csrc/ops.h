@@ -1,4 +1,4 @@
-// The compiled kernels. Schemas, meaning and reference implementations: drllm_fast/ops.py and rows_reference.py.
+// The compiled kernels. Schemas and meaning: drllm_fast/rows_ops.py, router_ops.py and attention_ops.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -14,8 +14,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from drllm_fast.active import ACTIVE
+from drllm_fast.attention_ops import attention_has_kernel
 from drllm_fast.attention_reference import attend_rows
-from drllm_fast.ops import attention_has_kernel
 
 PREFIX = "drllm_fast_"
 

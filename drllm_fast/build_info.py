@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from drllm_fast import ops, planner, planner_reference
+from drllm_fast import ops, planner, planner_reference, registration
 
 RELATED = ("torch", "transformers", "triton")
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -103,8 +103,8 @@ def _implementation(op: str, device: str) -> dict[str, str]:
         return {"implementation": name, "why": f"a kernel is registered for {key}"}
     if device == "cpu" and ops.EXTENSION_ERROR is not None:
         return {"implementation": "reference", "why": "the extension is not loaded"}
-    if device == "cuda" and op in ops.TRITON_OPS:
-        return {"implementation": "reference", "why": ops.NO_TRITON}
+    if device == "cuda" and op in registration.TRITON_OPS:
+        return {"implementation": "reference", "why": registration.NO_TRITON}
     if device == "cuda" and ops.CUDA_EXTENSION_ERROR is not None:
         why = f"the CUDA extension is not loaded: {ops.CUDA_EXTENSION_ERROR}"
         return {"implementation": "reference", "why": why}

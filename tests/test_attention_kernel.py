@@ -17,7 +17,7 @@ require_triton()
 
 import triton.language as tl  # noqa: E402
 
-from drllm_fast import attention_kernel, attention_reference, ops, varlen  # noqa: E402
+from drllm_fast import attention_kernel, attention_ops, attention_reference, ops, varlen  # noqa: E402
 from drllm_fast.attention_kernel import BLOCK_SPLITS, MAX_DECODE, SPLIT, block_sizes, split_length  # noqa: E402  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -280,7 +280,7 @@ def test_what_runs_on_cuda(monkeypatch):
     layout = (cu_seqlens, starts, lengths)
 
     def run(query, *rest, packed):
-        ops.ragged_attention_cuda(query, keys, values, *layout, *rest, packed)
+        attention_ops.ragged_attention_cuda(query, keys, values, *layout, *rest, packed)
         return ran.pop()
 
     rest = (2, 3, 0.5, 4, 0.25, None)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from triton_offline import require_triton
 
-from drllm_fast import ops, router_reference
+from drllm_fast import router_ops, router_reference
 
 require_triton()
 
@@ -252,14 +252,14 @@ def test_ties_and_nan_execute(small_blocks, values):
 def test_what_the_kernel_does_not_take_is_the_references(monkeypatch):
     ran = []
     monkeypatch.setattr(router_kernel, "router", lambda *arguments: ran.append(arguments))
-    ops._router_cuda(*inputs([3]))
+    router_ops._router_cuda(*inputs([3]))
     assert len(ran) == 1
     for arguments in (
         inputs([3], dtype=torch.float64),
         inputs([3], weights=torch.float64),
         inputs([3], h=router_kernel.MAX_H + 1),
     ):
-        logits, _ = ops._router_cuda(*arguments)
+        logits, _ = router_ops._router_cuda(*arguments)
         assert torch.equal(logits, router_reference.router(*arguments)[0])
     assert len(ran) == 1
     assert router_kernel.supports(*inputs([3], h=router_kernel.MAX_H)[:1], *inputs([3], h=router_kernel.MAX_H)[2:7])

@@ -1,4 +1,4 @@
-// The module drllm_fast._C_cuda. Importing it registers the CUDA kernels under the schemas of drllm_fast/ops.py. It is
+// The module drllm_fast._C_cuda. Importing it registers the CUDA kernels under the schemas of drllm_fast/rows_ops.py. It is
 // not part of drllm_fast._C, so that this one loads beside a torch without CUDA. torch is reached through its stable ABI
 // only.
 #include <Python.h>

@@ -4,7 +4,7 @@ ROWS_CPP, ROWS_CPU_H, FUSED_CPP = "csrc/cpu/rows.cpp", "csrc/cpu/rows.h", "csrc/
 TENSORS, ROWS_CU, OPS, REFERENCE = (
     "csrc/tensors.h",
     "csrc/cuda/rows.cu",
-    "drllm_fast/ops.py",
+    "drllm_fast/rows_ops.py",
     "drllm_fast/rows_reference.py",
 )
 
