@@ -183,7 +183,9 @@ def _(pooled, counts, w1, b1, w2, b2):
 
 
 @register_fake("drllm_fast::ragged_attention")
-def _(query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks, packed):
+def _(
+    query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks, packed=False
+):
     return query.new_empty(*query.shape[:2], values.shape[2])
 
 
