@@ -70,7 +70,9 @@ define_op(
 
 
 @register_fake("drllm_fast::ragged_attention")
-def _(query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks, packed):
+def _(
+    query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks, packed=False
+):
     return query.new_empty(*query.shape[:2], values.shape[2])
 
 

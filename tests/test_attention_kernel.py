@@ -318,3 +318,12 @@ def test_packed_is_a_promise():
         layout = {"starts": starts, "lengths": lengths, **wrong}
         with pytest.raises(ValueError, match="packed=True"):
             ops.ragged_attention(query, keys, values, ends, packed=True, **layout, **given)
+
+
+@pytest.mark.parametrize("packed", [(), (True,)], ids=["without packed", "packed"])
+def test_opcheck(packed):
+    query, keys, values, _ = inputs([2, 3], [2, 3], (4, 2), gap=0)
+    layout = (torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 5], [0, 2], [2, 3]))
+    tensors = (query[0].transpose(0, 1), keys[0, :, 1:], values[0, :, 1:], *layout)
+    arguments = (*tensors, 3, 3, 0.5, None, None, None, *packed)
+    torch.library.opcheck(torch.ops.drllm_fast.ragged_attention.default, arguments)
