@@ -19,9 +19,8 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from drllm_fast import fingerprint, router_files
+from drllm_fast import fingerprint, ops, router_files
 from drllm_fast.decoder import decoder_of, unwrap
-from drllm_fast.ops import router as run_router
 from drllm_fast.policies import PromptBatch
 from drllm_fast.router_reference import CLASSES, EXECUTE, REPEAT, SKIP, decide
 
@@ -204,14 +203,22 @@ class LayerRouters(
     def _decide(self, layer: int, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer must be from 0 to {self.num_layers - 1}, got {layer}")
-        hidden = prompts.hidden
+        hidden, cu_seqlens = prompts.hidden, prompts.cu_seqlens
         if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:
             raise ValueError(f"hidden must be [P, {self.hidden_size}], got {list(hidden.shape)}")
-        if layer == 0 and self.w1.device != hidden.device:
+        # This runs once a block while a prompt is read, so that microseconds count: parameters are taken from where
+        # nn.Module keeps them, and the op is called without the checks of its public function.
+        if layer == 0 and self._parameters["w1"].device != hidden.device:
             with torch.inference_mode(False):  # parameters moved in inference mode could not be trained any more
                 self.to(hidden.device)
-        weights = (p[layer].to(hidden.device) for p in (self.w1, self.b1, self.w2, self.b2))
-        logits, decisions = run_router(hidden, prompts.cu_seqlens, *weights, windows=self.windows)
+        w1, b1, w2, b2 = (p[layer] for p in self._parameters.values())
+        if w1.device != hidden.device:
+            w1, b1, w2, b2 = (w.to(hidden.device) for w in (w1, b1, w2, b2))
+        if cu_seqlens.dtype != torch.int32 or hidden.dtype == torch.float64:
+            logits, decisions = ops.router(hidden, cu_seqlens, w1, b1, w2, b2, windows=self.windows)
+        else:
+            no_cost = torch.zeros_like(b2)
+            logits, decisions = torch.ops.drllm_fast.router(hidden, cu_seqlens, w1, b1, w2, b2, no_cost, self.windows)
         # No NaN or infinity of a window gets lost on the way: 0 * inf and gelu(-inf) are NaN.
         if not math.isfinite(logits.sum().item()):
             rows = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
