@@ -66,7 +66,7 @@ check-cuda-build:
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/python -m pip install '$(CUDA_TORCH)' 'setuptools>=77' ninja 'pybind11>=3'
 	DRLLM_FAST_BUILD=cuda $(CUDA_VENV)/bin/python -m pip install --no-build-isolation .
-	cd $(CUDA_VENV) && bin/python ../tests/check_cuda_build.py
+	$(CUDA_VENV)/bin/python tests/check_cuda_build.py
 
 clean:
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache
