@@ -9,7 +9,6 @@ biases, and at inference a knob from -1 to 1.
 
 from __future__ import annotations
 
-import math
 import os
 from numbers import Real
 from pathlib import Path
@@ -52,7 +51,19 @@ def choose(logits: Tensor, knob: float = PURE_ROUTER) -> Tensor:
 def _anchor(logits: Tensor, one_class: int | None) -> Tensor:
     if one_class is None:
         return logits.softmax(dim=-1)
-    return torch.zeros_like(logits).index_fill(-1, torch.tensor(one_class, device=logits.device), 1)
+    certain = torch.zeros_like(logits)
+    certain.select(-1, one_class).fill_(1)
+    return certain
+
+
+def _check_finite(finite: list[bool] | list[int], layer: int) -> None:
+    # No NaN or infinity of a window gets lost on the way to the logits: 0 * inf and gelu(-inf) are NaN.
+    if not all(finite):
+        rows = [row for row, fine in enumerate(finite) if not fine]
+        raise ValueError(
+            f"layer {layer}: the hidden states of rows {rows[:8]} are not finite, or overflow in the router; look "
+            "for NaN in the model's weights or inputs, and use bfloat16 or float32 if the model overflows float16"
+        )
 
 
 class LayerRouters(
@@ -199,7 +210,9 @@ class LayerRouters(
         Differentiable. Raises ValueError for a layer there is not, for hidden states of another size, and
         for values that are not finite, naming layer and rows.
         """
-        return self._decide(layer, prompts)[0]
+        logits, _ = self._decide(layer, prompts)
+        _check_finite(logits.isfinite().all(dim=1).tolist(), layer)
+        return logits
 
     def _decide(self, layer: int, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
         if not 0 <= layer < self.num_layers:
@@ -211,21 +224,18 @@ class LayerRouters(
             with torch.inference_mode(False):  # parameters moved in inference mode could not be trained any more
                 self.to(hidden.device)
         weights = (p[layer].to(hidden.device) for p in (self.w1, self.b1, self.w2, self.b2))
-        logits, decisions = run_router(hidden, prompts.cu_seqlens, *weights, windows=self.windows)
-        # No NaN or infinity of a window gets lost on the way: 0 * inf and gelu(-inf) are NaN.
-        if not math.isfinite(logits.sum().item()):
-            rows = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
-            raise ValueError(
-                f"layer {layer}: the hidden states of rows {rows[:8]} are not finite, or overflow in the router; look "
-                "for NaN in the model's weights or inputs, and use bfloat16 or float32 if the model overflows float16"
-            )
-        return logits, decisions
+        return run_router(hidden, prompts.cu_seqlens, *weights, windows=self.windows)
 
     @torch.inference_mode()
     def route(self, layer: int, prompts: PromptBatch) -> Tensor:
-        """int8 [B], for each prompt whether block `layer` is skipped (0), executed (1) or repeated (2)."""
+        """int8 [B] on the CPU, for each prompt whether block `layer` is skipped (0), executed (1) or repeated (2)."""
         logits, decisions = self._decide(layer, prompts)
-        return decisions if self.knob == PURE_ROUTER else choose(logits, self.knob)
+        if self.knob != PURE_ROUTER:
+            decisions = choose(logits, self.knob)
+        # Both in one copy, for each waits for the device.
+        decisions, finite = torch.stack([decisions, logits.isfinite().all(dim=1).to(torch.int8)]).cpu()
+        _check_finite(finite.tolist(), layer)
+        return decisions
 
     def extra_repr(self) -> str:
         base = "any" if self.base_model is None else repr(self.base_model["name"])
