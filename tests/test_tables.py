@@ -27,14 +27,15 @@ def test_values_survive_the_way_to_a_device(monkeypatch, announced):
     # A device of the CPU's own memory: bytes are staged as for any other.
     sent, tables, there = [], Tables(), {}
     to = torch.Tensor.to
-    monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: sent.append((a, k)) or to(t.clone(), "cpu"))
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: sent.append((a, k, len(t))) or to(t.clone(), "cpu"))
     for key, made in MADE.items():
         tables.add(key, lambda made=made: made)
         if not announced:
             tables._send(META, there)
     if announced:
         tables._send(META, there)
-    assert sent == [((META,), {"non_blocking": True})] * (1 if announced else 3)
+    # 24, 20 and 0 bytes, aligned; what is there is not sent again
+    assert sent == [((META,), {"non_blocking": True}, size) for size in ([64] if announced else [32, 32, 0])]
     for key, made in MADE.items():
         assert torch.equal(there[key], made) and there[key].dtype == made.dtype
         assert there[key].storage_offset() * made.element_size() % ALIGNED == 0
