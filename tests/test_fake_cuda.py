@@ -152,6 +152,17 @@ def test_a_mask_of_ones_costs_one_read(device):
     assert pair(ids_of(3, 1), attention_mask=more(mask)) == (1, 1, 0)
 
 
+def test_a_mask_on_the_cpu_costs_no_read(device):
+    pair = Pair(device, cached=False)
+    ids, mask = left_padded()
+    embeds = pair.cpu.get_input_embeddings()(ids)
+    there = device.of(embeds)
+    device.clear()
+    got = pair.gpu(inputs_embeds=there, attention_mask=mask, use_cache=False)
+    assert pair.crossed() == (0, 2, 0)
+    torch.testing.assert_close(got.logits.held, pair.cpu(ids, attention_mask=mask, use_cache=False).logits)
+
+
 @pytest.mark.parametrize("mode", [nullcontext, torch.inference_mode])
 def test_decoding_reads_nothing_while_slots_grow(device, mode, monkeypatch):
     monkeypatch.setattr(drllm_fast.kv_slot, "GROWTH", 2)
