@@ -68,12 +68,9 @@ def base_forward(
         raise ValueError("this cache was filled by another model; start with a new cache")
     real = real_columns(attention_mask, batch, columns, None if fresh else cache)
     packed = PackedBatch(real, batch, columns, x.device)
-    if position_ids is None or (own and settings.count_positions):
-        packed_positions = packed.positions(past)
-    else:
-        packed_positions = packed.pack(position_ids.expand(batch, -1)[:, -columns:])
-    ids = None if input_ids is None else packed.pack(input_ids)
-    embeds = None if inputs_embeds is None else packed.pack(inputs_embeds)
+    counted = position_ids is None or (own and settings.count_positions)
+    if counted:
+        packed.announce_positions(past)
 
     undo = None
     if past_columns:
@@ -84,17 +81,19 @@ def base_forward(
         prompt_lengths = prompt_lengths_of(settings, packed, real, own)
         if past_key_values is not None and fresh:
             undo = RoutedCache.convert(cache, routing.num_layers)
-    run = RoutedForward(
-        routing, packed, past, routing.num_layers, cache, policy, prompt_lengths, None if ids is None else ids[0]
-    )
+    run = RoutedForward(routing, packed, past, routing.num_layers, cache, policy, prompt_lengths)
     token = ACTIVE.set(run)
     try:
+        ids = None if input_ids is None else packed.pack(input_ids)
+        run.input_ids = None if ids is None else ids[0]
         outputs = dense(
             input_ids=ids,
             attention_mask=_no_mask(x.device),
-            position_ids=packed_positions,
+            position_ids=(
+                packed.positions(past) if counted else packed.pack(position_ids.expand(batch, -1)[:, -columns:])
+            ),
             past_key_values=cache,
-            inputs_embeds=embeds,
+            inputs_embeds=None if inputs_embeds is None else packed.pack(inputs_embeds),
             use_cache=use_cache,
             return_dict=True,
             **kwargs,

@@ -51,7 +51,19 @@ def choose(logits: Tensor, knob: float = PURE_ROUTER) -> Tensor:
 def _anchor(logits: Tensor, one_class: int | None) -> Tensor:
     if one_class is None:
         return logits.softmax(dim=-1)
-    return torch.zeros_like(logits).index_fill(-1, torch.tensor(one_class, device=logits.device), 1)
+    certain = torch.zeros_like(logits)
+    certain.select(-1, one_class).fill_(1)
+    return certain
+
+
+def _check_finite(logits: Tensor, layer: int) -> None:
+    # No NaN or infinity of a window gets lost on the way to the logits: 0 * inf and gelu(-inf) are NaN.
+    if not math.isfinite(logits.sum().item()):
+        rows = [row for row, fine in enumerate(logits.isfinite().all(dim=1).tolist()) if not fine]
+        raise ValueError(
+            f"layer {layer}: the hidden states of rows {rows[:8]} are not finite, or overflow in the router; look "
+            "for NaN in the model's weights or inputs, and use bfloat16 or float32 if the model overflows float16"
+        )
 
 
 class LayerRouters(
@@ -198,7 +210,9 @@ class LayerRouters(
         Differentiable. Raises ValueError for a layer there is not, for hidden states of another size, and
         for values that are not finite, naming layer and rows.
         """
-        return self._decide(layer, prompts)[0]
+        logits, _ = self._decide(layer, prompts)
+        _check_finite(logits, layer)
+        return logits
 
     def _decide(self, layer: int, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
         if not 0 <= layer < self.num_layers:
@@ -215,24 +229,18 @@ class LayerRouters(
         if w1.device != hidden.device:
             w1, b1, w2, b2 = (w.to(hidden.device) for w in (w1, b1, w2, b2))
         if cu_seqlens.dtype != torch.int32 or hidden.dtype == torch.float64:
-            logits, decisions = ops.router(hidden, cu_seqlens, w1, b1, w2, b2, windows=self.windows)
-        else:
-            no_cost = torch.zeros_like(b2)
-            logits, decisions = torch.ops.drllm_fast.router(hidden, cu_seqlens, w1, b1, w2, b2, no_cost, self.windows)
-        # No NaN or infinity of a window gets lost on the way: 0 * inf and gelu(-inf) are NaN.
-        if not math.isfinite(logits.sum().item()):
-            rows = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
-            raise ValueError(
-                f"layer {layer}: the hidden states of rows {rows[:8]} are not finite, or overflow in the router; look "
-                "for NaN in the model's weights or inputs, and use bfloat16 or float32 if the model overflows float16"
-            )
-        return logits, decisions
+            return ops.router(hidden, cu_seqlens, w1, b1, w2, b2, windows=self.windows)
+        return torch.ops.drllm_fast.router(hidden, cu_seqlens, w1, b1, w2, b2, torch.zeros_like(b2), self.windows)
 
     @torch.inference_mode()
     def route(self, layer: int, prompts: PromptBatch) -> Tensor:
-        """int8 [B], for each prompt whether block `layer` is skipped (0), executed (1) or repeated (2)."""
+        """int8 [B] on the CPU, for each prompt whether block `layer` is skipped (0), executed (1) or repeated (2)."""
         logits, decisions = self._decide(layer, prompts)
-        return decisions if self.knob == PURE_ROUTER else choose(logits, self.knob)
+        elsewhere = not logits.is_cpu
+        if elsewhere:  # one copy, for each waits for the device; the decisions follow from it
+            logits = logits.cpu()
+        _check_finite(logits, layer)
+        return choose(logits, self.knob) if elsewhere or self.knob != PURE_ROUTER else decisions
 
     def extra_repr(self) -> str:
         base = "any" if self.base_model is None else repr(self.base_model["name"])

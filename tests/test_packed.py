@@ -70,9 +70,12 @@ def test_without_padding_nothing_is_copied():
 def test_the_mask_may_be_on_another_device():
     real = torch.tensor([[False, True], [True, True]])
     packed = PackedBatch(real, 2, 2, torch.device("cpu", 0))
-    assert packed.index.device == CPU and packed.lengths == [1, 2]
+    assert packed.real.device == CPU and packed.lengths == [1, 2]
     with pytest.raises(NotImplementedError):  # moved: a meta tensor has no values to count
-        PackedBatch(real, 2, 2, torch.device("meta"))
+        PackedBatch(real.to("meta"), 2, 2, CPU)
+    packed = PackedBatch(real, 2, 2, torch.device("meta"))  # what is packed may be elsewhere, too
+    assert packed.unpack(packed.pack(torch.zeros(2, 2, 3, device="meta"))).shape == (2, 2, 3)
+    assert packed.positions([4, 5]).is_meta and packed.subset((1,), packed.device).index.is_meta
 
 
 @draws
