@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from drllm_fast.cache import RoutedCache
 from drllm_fast.kv_slot import KVSlot
-from drllm_fast.ops import scatter_rows
 from drllm_fast.packed import PackedBatch, RowSet, cu_seqlens_table
 from drllm_fast.policies import PromptBatch, RoutingPolicy, check_decisions
 
@@ -81,15 +80,15 @@ class RoutedForward:
             subset = self.packed.subset(rows, hidden.device)
             if subset.tokens == 0:  # rows that brought no token to this forward
                 break
-            if subset.index is None:
+            if subset is self.packed.everything:
                 self.visit = Visit(layer, number, subset, self.past)
                 hidden = self._checked(forward(module, hidden, *args, **kwargs))
             else:
                 self.visit = Visit(layer, number, subset, [self.past[r] for r in rows])
                 args_here = [self._rows_of(a, subset) for a in args]
                 kwargs_here = {k: self._rows_of(a, subset) for k, a in kwargs.items()}
-                out = forward(module, hidden.index_select(1, subset.index), *args_here, **kwargs_here)
-                hidden = scatter_rows(hidden[0], subset.index, self._checked(out)[0]).unsqueeze(0)
+                out = forward(module, subset.take(hidden), *args_here, **kwargs_here)
+                hidden = subset.put(hidden, self._checked(out))
             self.layer_rows[layer] += len(rows)
             self.layer_tokens[layer] += subset.tokens
         return hidden
@@ -152,9 +151,9 @@ class RoutedForward:
         if isinstance(argument, Tensor):
             if argument.ndim < 2 or argument.shape[1] != self.packed.tokens:
                 return argument
-            key = (id(argument), subset.rows, subset.index.device)
+            key = (id(argument), subset.rows, argument.device)
             if key not in self._moved:  # the argument is kept beside its part, or its id could be given away
-                self._moved[key] = (argument, argument.index_select(1, subset.index.to(argument.device)))
+                self._moved[key] = (argument, subset.take(argument))
             return self._moved[key][1]
         if isinstance(argument, tuple | list):
             return type(argument)(self._rows_of(a, subset) for a in argument)

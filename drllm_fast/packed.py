@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from drllm_fast.ops import active_tokens
+from drllm_fast.ops import active_tokens, scatter_rows
 from drllm_fast.tables import Tables
 
 
@@ -19,14 +19,28 @@ class RowSet:
 
     rows     indices of the rows, ascending
     lengths  tokens of each of those rows
-    index    int64 [tokens], where their tokens lie in the packed batch; None when the set is the whole batch
     tokens   their number
+    start    where their tokens begin in the packed batch
+    index    int64 [tokens], where their tokens lie; None when they are one run, and a view serves
     """
 
     rows: tuple[int, ...]
     lengths: list[int]
-    index: Tensor | None
     tokens: int
+    start: int
+    index: Tensor | None
+
+    def take(self, x: Tensor) -> Tensor:
+        """The set's tokens of x [1, T, ...]."""
+        if self.index is None:
+            return x.narrow(1, self.start, self.tokens)
+        return x.index_select(1, self.index.to(x.device))
+
+    def put(self, x: Tensor, y: Tensor) -> Tensor:
+        """A copy of x [1, T, d] with y [1, tokens, d] in the places of the set's tokens."""
+        if self.index is None:
+            return torch.cat((x[:, : self.start], y, x[:, self.start + self.tokens :]), dim=1)
+        return scatter_rows(x[0], self.index, y[0]).unsqueeze(0)
 
 
 class PackedBatch:
@@ -46,7 +60,7 @@ class PackedBatch:
         if real is not None:
             self.tables.add(("tokens",), self._tokens)
             self.tables.add(("nearest",), self._nearest)
-        self.everything = RowSet(tuple(range(batch)), self.lengths, None, self.tokens)
+        self.everything = RowSet(tuple(range(batch)), self.lengths, self.tokens, 0, None)
         self._sets: dict[tuple[tuple[int, ...], torch.device], RowSet] = {}
 
     def pack(self, x: Tensor) -> Tensor:
@@ -93,12 +107,14 @@ class PackedBatch:
             return self.everything
         known = self._sets.get((rows, device))
         if known is None:
-            index = self.tables.get(("rows", *rows), lambda: self._tokens_of(rows), device)
-            self._sets[rows, device] = known = RowSet(rows, [self.lengths[r] for r in rows], index, len(index))
+            lengths, index = [self.lengths[r] for r in rows], None
+            if _scattered(rows):
+                index = self.tables.get(("rows", *rows), lambda: self._tokens_of(rows), device)
+            self._sets[rows, device] = known = RowSet(rows, lengths, sum(lengths), self.offsets[rows[0]], index)
         return known
 
     def announce_subset(self, rows: tuple[int, ...]) -> None:
-        if len(rows) != self.batch:
+        if _scattered(rows):
             self.tables.add(("rows", *rows), lambda: self._tokens_of(rows))
 
     def _tokens_of(self, rows: tuple[int, ...]) -> Tensor:
@@ -121,6 +137,10 @@ class PackedBatch:
     def _head_tables(self, lengths: list[int]) -> tuple[tuple | None, tuple]:
         index = ("heads", *lengths), lambda: _ranges(self.offsets[:-1], lengths)
         return None if list(lengths) == self.lengths else index, cu_seqlens_table(lengths)
+
+
+def _scattered(rows: tuple[int, ...]) -> bool:
+    return rows[-1] - rows[0] >= len(rows)
 
 
 def cu_seqlens_table(lengths: list[int]) -> tuple[tuple, Callable[[], Tensor]]:
