@@ -106,11 +106,12 @@ class RoutedForward:
         if decisions.ndim == 2:
             self.plan[:, layer:] = decisions[:, layer:]
             self.policy = None
+            columns = self.plan[:, layer:].T.tolist()
         else:
             self.plan[:, layer] = decisions
-        decided = range(layer, layers if decisions.ndim == 2 else layer + 1)
-        for at in decided:
-            column = self.plan[:, at].tolist()
+            columns = [decisions.tolist()]
+        decided = range(layer, layer + len(columns))
+        for at, column in zip(decided, columns, strict=True):
             once = tuple(r for r, d in enumerate(column) if d >= 1)
             self.schedule[at] = (once, tuple(r for r in once if column[r] == 2))
         if hidden.device.type != "cpu":
