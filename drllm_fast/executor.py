@@ -57,9 +57,12 @@ class RoutedForward:
         self.policy = policy  # None once all paths are known
         self.prompt_lengths = prompt_lengths
         self.input_ids: Tensor | None = None  # [T], for the policy
-        self.plan = cache.plan if policy is None else torch.zeros(packed.batch, num_layers, dtype=torch.int8)
+        self.plan = (
+            cache.plan if policy is None else torch.zeros(packed.batch, num_layers, dtype=torch.int8, device="cpu")
+        )
         self.schedule = cache.schedule if policy is None else [((), ())] * num_layers
         self.visit: Visit | None = None
+        self._latest = -1  # the layer that ran last
         self.layer_rows, self.layer_tokens = [0] * num_layers, [0] * num_layers
         self._layouts: dict[tuple, tuple] = {}
         self._moved: dict[tuple, tuple[object, object]] = {}
@@ -72,6 +75,12 @@ class RoutedForward:
     def run_layer(self, module: nn.Module, forward: Callable[..., Tensor], hidden: Tensor, *args, **kwargs) -> Tensor:
         """All visits of one block, `module`, whose own forward is `forward`: hidden [1, T, d] -> [1, T, d]."""
         layer = module._drllm_layer
+        if layer <= self._latest:
+            raise NotImplementedError(
+                "this model runs a layer more than once a forward, or not in order, so that a layer path does not say "
+                "what runs; call model.disable_dynamic_routing()"
+            )
+        self._latest = layer
         if self.policy is not None:
             self._decide(layer, hidden)
         for number, rows in enumerate(self.schedule[layer]):
@@ -178,6 +187,6 @@ class RoutedForward:
 def _layout_tables(new: list[int], starts: list[int], total: list[int]) -> tuple:
     return (
         cu_seqlens_table(new),
-        (("starts", *starts), lambda: torch.tensor(starts, dtype=torch.int32)),
-        (("lengths", *total), lambda: torch.tensor(total, dtype=torch.int32)),
+        (("starts", *starts), lambda: torch.tensor(starts, dtype=torch.int32, device="cpu")),
+        (("lengths", *total), lambda: torch.tensor(total, dtype=torch.int32, device="cpu")),
     )

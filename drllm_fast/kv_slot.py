@@ -78,7 +78,9 @@ class KVSlot:
 
     def _written(self, at: list[int], new: list[int]) -> tuple[tuple, Callable[[], Tensor]]:
         def where() -> Tensor:
-            return torch.tensor([s + a + i for s, a, n in zip(self.starts, at, new, strict=True) for i in range(n)])
+            return torch.tensor(
+                [s + a + i for s, a, n in zip(self.starts, at, new, strict=True) for i in range(n)], device="cpu"
+            )
 
         return ("written", *self.starts, *at, *new), where
 
@@ -103,9 +105,12 @@ class KVSlot:
         def which() -> Tensor:
             # One token of room, for beam search: it comes back at every step, and more would be copied for nothing.
             # It is filled with whatever lies at 0, and written before it is read.
-            parts, spare = [], torch.zeros(1, dtype=torch.int64)
+            parts, spare = [], torch.zeros(1, dtype=torch.int64, device="cpu")
             for i in sources:
-                parts += [torch.arange(self.starts[i], self.starts[i] + lengths[i] - self.first[i]), spare]
+                parts += [
+                    torch.arange(self.starts[i], self.starts[i] + lengths[i] - self.first[i], device="cpu"),
+                    spare,
+                ]
             return torch.cat(parts)
 
         return ("taken", tuple(self.starts), tuple(self.first), tuple(lengths), tuple(sources)), which

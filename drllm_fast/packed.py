@@ -91,7 +91,7 @@ class PackedBatch:
 
     def _nearest(self) -> Tensor:
         within = (self.real.cumsum(1) - 1).clamp(min=0)
-        starts = torch.tensor(self.offsets[:-1]).clamp(max=max(self.tokens - 1, 0))
+        starts = torch.tensor(self.offsets[:-1], device="cpu").clamp(max=max(self.tokens - 1, 0))
         return (within + starts.unsqueeze(1)).reshape(-1)
 
     def announce_positions(self, past: list[int]) -> None:
@@ -118,9 +118,9 @@ class PackedBatch:
             self.tables.add(("rows", *rows), lambda: self._tokens_of(rows))
 
     def _tokens_of(self, rows: tuple[int, ...]) -> Tensor:
-        active = torch.zeros(self.batch, dtype=torch.int8)
+        active = torch.zeros(self.batch, dtype=torch.int8, device="cpu")
         active[list(rows)] = 1
-        return active_tokens(active, torch.tensor(self.offsets, dtype=torch.int32), at_least=1)[0]
+        return active_tokens(active, torch.tensor(self.offsets, dtype=torch.int32, device="cpu"), at_least=1)[0]
 
     def heads(self, lengths: list[int], device: torch.device) -> tuple[Tensor | None, Tensor]:
         """The first lengths[b] tokens of each row: their index [P] (None for all tokens) and cu_seqlens [B + 1].
@@ -145,8 +145,8 @@ def _scattered(rows: tuple[int, ...]) -> bool:
 
 def cu_seqlens_table(lengths: list[int]) -> tuple[tuple, Callable[[], Tensor]]:
     """Key and maker of the int32 cu_seqlens of rows of these lengths."""
-    return ("cu_seqlens", *lengths), lambda: torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return ("cu_seqlens", *lengths), lambda: torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
 
 
 def _ranges(starts: list[int], lengths: list[int]) -> Tensor:
-    return torch.cat([torch.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])
+    return torch.cat([torch.arange(a, a + n, device="cpu") for a, n in zip(starts, lengths, strict=True)])

@@ -42,7 +42,7 @@ class Tables:
         for key, table in waiting.items():
             spans[key] = slice(at, at + table.nbytes)
             at += -(-table.nbytes // ALIGNED) * ALIGNED
-        staged = torch.empty(at, dtype=torch.uint8)
+        staged = torch.empty(at, dtype=torch.uint8, device="cpu")
         for key, table in waiting.items():
             staged[spans[key]].view(table.dtype).copy_(table)
         moved = staged.to(device, non_blocking=True)
