@@ -30,8 +30,8 @@ def router(
     cost        floating [3] or None, subtracted from the logits: what each class costs, for a budget
 
     The formula is in `drllm_fast.router_reference`, which is also what runs for fp64, and on CUDA for fp64 weights and
-    for h above 1024, where it waits for the device. A row without tokens has the logits -cost. Everything is accumulated
-    in fp32. Differentiable in the floating arguments. Raises TypeError or ValueError.
+    for h above 1024, where it waits for the device. A row without tokens has the logits -cost. Sums are fp32.
+    Differentiable in the floating arguments. Raises TypeError or ValueError.
     """
     cost = torch.zeros_like(b2) if cost is None else cost
     arguments = (x, cu_seqlens, w1, b1, w2, b2, cost, windows)

@@ -35,10 +35,6 @@ MUTANTS = [
     _mutant("arrived + 1 == expected", "arrived + 2 == expected", "test_columns"),
     # Only the tile in which a row begins announces it.
     _mutant("((local == 0) | (segment == first_of_tile))", "(local == 0)", "test_segments"),
-    # The counter stays, and the next call finishes too early or never.
-    _mutant("tl.store(arrived_ptr + done, 0)", "tl.store(arrived_ptr + done, 1)", "test_counters"),
-    # The counters of a launch that broke off are used again.
-    _mutant("kept = _arrived.pop(key, None)", "kept = _arrived.get(key)", "breaks_off"),
     # Splits overlap.
     _mutant("tl.minimum((split + 1) * slices, tl.cdiv(d, BLOCK_D))", "tl.cdiv(d, BLOCK_D)", "test_columns"),
     # Only one split of each tile is summed.
