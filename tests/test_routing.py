@@ -1,5 +1,7 @@
 """`model.routing`: what was run is what is told, and what is decided is decided on the prompt alone."""
 
+import copy
+
 import numpy
 import pytest
 import torch
@@ -213,3 +215,40 @@ def test_summary_and_plot(tmp_path):
     model.routing.plot(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 1000
     assert "GivenPlan" in repr(model.routing)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_autocast(family, dtype):
+    """Rotary embeddings leave queries and keys in fp32 there, and values are not: torch's own attention casts them."""
+    dense = tiny(family).eval()
+    routed = copy.deepcopy(dense).enable_dynamic_routing([[1, 0, 1, 2], [1] * LAYERS])
+    ids = torch.stack(prompts([7, 7]))
+    edits = [edited(dense, path) for path in routed.routing.policy.plan.tolist()]
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        out = routed(ids, use_cache=True)
+        step = routed(ids[:, :1], past_key_values=out.past_key_values).logits
+        for row, model in enumerate(edits):
+            own = model(ids[row : row + 1], use_cache=True)
+            again = model(ids[row : row + 1, :1], past_key_values=own.past_key_values).logits
+            for got, expected in ((out.logits[row], own.logits[0]), (step[row], again[0])):
+                assert got.dtype == expected.dtype and (got - expected).abs().max() <= 0.1
+
+
+def test_tables_stay_on_the_host_whatever_the_default_device_is():
+    model = tiny("llama").eval().enable_dynamic_routing([[1, 0, 1, 2], [0, 1, 2, 1], [1, 1, 0, 1]])
+    ids, mask = torch.stack(prompts([7] * 3)), torch.ones(3, 7, dtype=torch.int64)
+    mask[1, :3] = 0
+
+    def steps():
+        out = model(ids, attention_mask=mask, use_cache=True)
+        cache = out.past_key_values
+        cache.reorder_cache(torch.tensor([2, 0, 1], device="cpu"))
+        wider = torch.cat([mask[[2, 0, 1]], mask[:, -1:]], 1)
+        return out.logits, model(ids[:, :1], attention_mask=wider, past_key_values=cache).logits
+
+    with torch.no_grad():
+        expected = steps()
+        with torch.device("meta"):  # stands in for a GPU: nothing on it could be read
+            got = steps()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
