@@ -151,6 +151,39 @@ def test_large_scores(dtype):
     check((query.abs(), (keys * 0 + rising).clone(), values, *rest))
 
 
+@DTYPES
+@pytest.mark.parametrize(("new", "total"), [(1, 30), (1, 700), (70, 100), (5, 90)])
+@pytest.mark.parametrize("dim", [24, 32])
+def test_a_nan_shows(new, total, dim, dtype):
+    """Where it is asked with, or seen; and nowhere else."""
+    query, keys, values, *layout = slot([new], [total], 2, 1, dim, 32, dtype)
+    hit, past = new // 2, total - new
+    for softcap in (None, 2.0):
+
+        def attend(query, keys):
+            return attention(*(t[None] for t in (query.transpose(0, 1), keys, values)), *layout, softcap=softcap)[0]  # noqa: B023
+
+        clean = attend(query, keys)
+        asked, seen = query.clone(), keys.clone()
+        asked[hit, 0, 3] = seen[0, past + hit, dim - 1] = torch.nan
+        out = attend(asked, keys)
+        assert out[hit, 0].isnan().all() and int(out.isnan().sum()) == 32
+        out = attend(query, seen)
+        assert out[hit:].isnan().all() and torch.equal(out[:hit], clean[:hit])
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("low", [70, 1100])
+def test_scores_of_minus_infinity_have_no_weight(new, low):
+    """Not even where all of a block, or of a part, are."""
+    query, keys, values, *layout = slot([new], [1200], 2, 1, 16, 16, torch.float32)
+    query.fill_(1e30)
+    keys[:, :low], keys[:, low:] = -1e30, 0
+    out = attention(*(t[None] for t in (query.transpose(0, 1), keys, values)), *layout)[0]
+    for i in range(new):
+        torch.testing.assert_close(out[i, 0], values[0, low : 1200 - new + i + 1].mean(0), atol=1e-5, rtol=1e-5)
+
+
 def test_a_row_does_not_depend_on_its_batch_or_on_threads():
     new, total = [1, 1, 40, 3, 1, 200], [900, 3, 40, 700, 64, 230]
     query, keys, values, _, starts, _ = slot(new, total, 6, 2, 32, 32, torch.float32)
