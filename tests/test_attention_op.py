@@ -208,6 +208,24 @@ def test_nothing_to_do(new, total):
     assert attention(*qkv, new, starts, total).shape == (1, 0, 6, DIM_V)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_heads_and_no_width(dtype):
+    case = slot([1, 5], [7, 5], 4, 2, 0, 16, dtype)
+    out = attention(*(t[None] for t in (case[0].transpose(0, 1), *case[1:3])), *case[3:])[0]
+    torch.testing.assert_close(out[0, 0], case[2][0, :7].mean(0))  # all scores are 0
+    no_heads = case[0].new_zeros(1, 0, 6, 0), *(t[None] for t in case[1:3])
+    assert attention(*no_heads, *case[3:]).shape == (1, 6, 0, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_options_at_the_ends_of_their_range(dtype):
+    case = slot([1, 70], [9, 70], 2, 1, 16, 16, dtype)
+    four = *(t[None] for t in (case[0].transpose(0, 1), *case[1:3])), *case[3:]
+    assert torch.equal(attention(*four, window=2**63 - 1), attention(*four))
+    flat = attention(*four, softcap=1e-300)[0]  # no score is left
+    torch.testing.assert_close(flat[0, 0], case[2][0, :9].mean(0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_types_without_a_kernel_run_the_reference(dtype):
     (new, total), heads = ROWS["turn"], HEADS["grouped"]
@@ -246,6 +264,7 @@ REFUSED = [
     ({"query": GOOD["query"].bfloat16()}, TypeError, "one floating dtype"),
     ({"query": GOOD["query"].long()}, TypeError, "one floating dtype"),
     ({"keys": GOOD["keys"].double()}, TypeError, "one floating dtype"),
+    ({"query": torch.zeros(()), "scale": None}, ValueError, r"query must be \[T, H, D\]"),
     ({"query": GOOD["query"][0]}, ValueError, r"query must be \[T, H, D\]"),
     ({"query": GOOD["query"][:, :3]}, ValueError, "H a multiple of H_kv"),
     ({"query": GOOD["query"][..., :7]}, ValueError, "keys"),

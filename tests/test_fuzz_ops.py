@@ -45,7 +45,7 @@ def changed(draw, value):
         return anything(draw, value)
     kind = draw.choice(["value", "value", "dtype", "size", "dimension", "anything"])
     if kind == "dtype":
-        return value.to(draw.choice(DTYPES))
+        return (value.real if value.is_complex() else value).to(draw.choice(DTYPES))
     if kind == "dimension":
         return value[0] if value.ndim and len(value) and draw.random() < 0.5 else value[None]
     if kind == "size" and value.ndim:
@@ -302,7 +302,7 @@ seeds = st.integers(0, 2**32)
 
 
 @pytest.mark.parametrize("op", OPS)
-@profile(300)
+@profile(600)
 @given(seed=seeds, changes=st.sampled_from([0, 1, 1, 1, 2]))
 def test_nearly_right(op, seed, changes):
     draw = random.Random(seed)
@@ -358,6 +358,7 @@ def test_planner(seed):
             runs = [planner.count_runs(planner._paths(paths)[order]) if len(order) else 0 for order in results]
             assert sorted(results[0]) == list(range(len(paths))) and runs[0] <= runs[1]
         else:
-            spent = [planner.grouping_cost(paths, batches, visit_cost=cost) for batches in results]
+            with np.errstate(over="ignore"):
+                spent = [planner.grouping_cost(paths, batches, visit_cost=cost) for batches in results]
             assert sorted(row for batch in results[0] for row in batch) == list(range(len(paths)))
             assert max(map(len, results[0]), default=0) <= most and spent[0] <= spent[1] * (1 + 1e-9)
