@@ -31,5 +31,6 @@ MUTANTS = [
     (SIMD, "return x < -126.0f ? Floats{} : result;", "return result;", TESTS),
     # a NaN, and scores of minus infinity
     (SIMD, "larger(broadcast(-126.0f), x)", "larger(x, broadcast(-126.0f))", TESTS),
+    (SIMD, "x != x ? x : (x < 0.0f", "(x < 0.0f", TESTS),
     (KERNEL, "return top == -kInfinity ? 0 : top;", "return top;", TESTS),
 ]
