@@ -172,6 +172,17 @@ def test_a_nan_shows(new, total, dim, dtype):
         assert out[hit:].isnan().all() and torch.equal(out[:hit], clean[:hit])
 
 
+@DTYPES
+def test_hidden_keys_have_no_weight(dtype):
+    """Not even the smallest there is, which these values would show."""
+    query, keys, values, *layout = slot([9], [12], 2, 1, 16, 16, dtype)
+    out = []
+    for value in (0, 3e38):
+        values[:, 11] = value
+        out.append(attention(*(t[None] for t in (query.transpose(0, 1), keys, values)), *layout)[0, :8])
+    assert torch.equal(*out)
+
+
 @pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("low", [70, 1100])
 def test_scores_of_minus_infinity_have_no_weight(new, low):
