@@ -15,6 +15,7 @@ help:
 	@echo 'make format    correct them'
 	@echo 'make bench     run the benchmarks'
 	@echo 'make build     build the wheel and the source distribution into dist/'
+	@echo 'make check-cuda-build   compile, link and load the CUDA extension, in an environment of its own (5 GB)'
 	@echo 'make clean     remove what was built; .venv stays'
 	@echo 'Each of them installs first if need be. PYTHON=python3.12 chooses the interpreter, DRLLM_FAST_BUILD=...'
 	@echo 'what is compiled: auto, cpu, cuda or none (see setup.py).'
@@ -66,9 +67,18 @@ build: install
 	rm -rf build dist
 	$(BIN)/python -m build --no-isolation
 
+# Needs nvcc and a torch built for CUDA, but no GPU. CUDA_TORCH names the torch, of the same CUDA version as nvcc.
+CUDA_VENV := .venv-cuda
+CUDA_TORCH ?= torch
+check-cuda-build:
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install '$(CUDA_TORCH)' 'setuptools>=77' ninja 'pybind11>=3'
+	DRLLM_FAST_BUILD=cuda $(CUDA_VENV)/bin/python -m pip install --no-build-isolation .
+	$(CUDA_VENV)/bin/python tests/check_cuda_build.py
+
 clean:
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache
 	rm -f drllm_fast/_C*.so $(INSTALLED)
 	find benchmarks drllm_fast tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test sanitize mutants lint format bench build clean
+.PHONY: help install demo test sanitize mutants lint format bench build check-cuda-build clean

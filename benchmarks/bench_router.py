@@ -18,7 +18,9 @@ import pytest
 import torch
 from torch import nn
 
-from drllm_fast import LayerRouters, load_smollm2, ops, router_reference
+from drllm_fast import LayerRouters, ops, router_reference
+from drllm_fast.policies import PromptBatch
+from drllm_fast.smollm2 import load_smollm2
 
 LAYERS, D, H, WINDOWS = 30, 576, 128, 8
 BATCHES = {
@@ -116,8 +118,6 @@ def test_share_of_the_forward(capsys):
     routers = LayerRouters.for_model(model)
     cu_seqlens = torch.tensor([0, 128], dtype=torch.int32)
     hidden = torch.randn(128, D).bfloat16()
-
-    from drllm_fast.policies import PromptBatch
 
     def route():
         prompts = PromptBatch(hidden, cu_seqlens)

@@ -41,6 +41,11 @@ def rows(tokens, width, seed):
     return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)).to(DTYPE)
 
 
+def moved(d, *rows):
+    """Bytes of so many rows of width d, read or written."""
+    return sum(rows) * d * DTYPE.itemsize
+
+
 def bits(x):
     return x.view(torch.int16).numpy()
 
@@ -73,6 +78,7 @@ def bench_gather_rows(race, implementation, T, d):
             "op": lambda: ops.gather_rows(x, index),
         },
         equals(bits(x)[batch(T)[2]]),
+        moved=moved(d, len(index), len(index)),
     )
 
 
@@ -97,6 +103,7 @@ def bench_scatter_rows(race, implementation, T, d):
             "op": lambda: ops.scatter_rows(x, index, y),
         },
         equals(expected),
+        moved=moved(d, T, T),
     )
 
 
@@ -126,6 +133,7 @@ def bench_active_tokens(race, implementation, T):
             "op": lambda: ops.active_tokens(decisions, cu_seqlens, at_least=1),
         },
         check,
+        moved=8 * len(expected),
     )
 
 
@@ -155,6 +163,8 @@ def bench_scatter_add_rows(race, implementation, T, d):
             "op": lambda: ops.scatter_add_rows(x, index, y),
         },
         equals(bits(torch.from_numpy(expected).to(DTYPE))),  # one rounding
+        moved=moved(d, T, len(index), T),
+        flops=len(index) * d,
     )
 
 
@@ -196,6 +206,8 @@ def bench_gather_rms_norm(race, implementation, T, d):
             "op": lambda: ops.gather_rms_norm(x, index, weight, eps=EPS),
         },
         check,
+        moved=moved(d, len(index), len(index), len(index)),
+        flops=4 * len(index) * d,
     )
 
 
@@ -221,4 +233,5 @@ def bench_visit_rows(race, implementation, T):
             "op": lambda: ops.visit_rows(decisions, cu_seqlens, tokens=T)[0],
         },
         lambda index: np.testing.assert_array_equal(np.stack([np.asarray(visit) for visit in index]), expected),
+        moved=8 * 2 * T,
     )

@@ -98,7 +98,7 @@ def forward_attention(
                 "routing does not support; run this model inside `with model.routing.disabled():`"
             )
         key, value, starts = slot.keys, slot.values, slot.starts
-        total = [p + n - f for p, n, f in zip(past, new, slot.first, strict=True)]
+        total = slot.held(past, new)
     if dropout or not attention_has_kernel(query, key, value, s_aux):
         return attend_rows(
             query, key, value, new, starts, total,

@@ -41,7 +41,8 @@ def ragged_attention(
                 cu_seqlens[:-1] and lengths the n_i. It changes nothing but which implementation may run
 
     The formula is in `drllm_fast.attention_reference`, which is what runs where there is no kernel: where gradients are
-    asked for, without the extension, for fp64 everywhere and for fp16 on the CPU.
+    asked for (then it cannot be compiled with fullgraph=True), under autocast, without the extension, for fp64
+    everywhere and for fp16 on the CPU.
     Raises TypeError or ValueError.
     """
     if scale is None:
@@ -54,8 +55,11 @@ def ragged_attention(
 
 
 def attention_has_kernel(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None = None) -> bool:
-    """Whether the op `ragged_attention` may be called with these: kernels have no gradients, and not every dtype."""
+    """Whether the op `ragged_attention` may be called with these: kernels have no gradients, take one dtype of a few,
+    and know nothing of autocast, which casts what goes into torch's own attention."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, keys, values, sinks)):
+        return False
+    if not query.dtype == keys.dtype == values.dtype or torch.is_autocast_enabled(query.device.type):
         return False
     if query.is_cpu:
         return query.dtype in (torch.float32, torch.bfloat16)
@@ -74,6 +78,11 @@ define_op(
 def _(
     query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks, packed=False
 ):
+    torch._check(keys.shape[2] == query.shape[2])
+    torch._check(values.shape[0] == keys.shape[0])
+    torch._check(values.shape[1] == keys.shape[1])
+    torch._check(cu_seqlens.shape[0] == starts.shape[0] + 1)
+    torch._check(lengths.shape[0] == starts.shape[0])
     return query.new_empty(*query.shape[:2], values.shape[2])
 
 
@@ -85,6 +94,7 @@ def ragged_attention_cuda(
     from drllm_fast import attention_kernel, varlen
 
     layout = (cu_seqlens, starts, lengths, max_query, max_length)
+    check_attention(query, keys, values, *layout, scale, window, softcap, sinks)
     if query.dtype == torch.float64:
         return attention_reference.ragged_attention(query, keys, values, *layout, scale, window, softcap, sinks, packed)
     if packed and varlen.offers(query, keys, values, max_query, scale, window, softcap, sinks):

@@ -58,8 +58,16 @@ def check_attention(
         raise ValueError(f"scale must be finite, got {scale}")
 
 
-def check_layout(tokens: int, size: int, cu_seqlens: list[int], starts: list[int], lengths: list[int]) -> None:
-    """ValueError unless every row's queries lie in T = `tokens` and its keys in N = `size`."""
+def check_layout(
+    tokens: int,
+    size: int,
+    cu_seqlens: list[int],
+    starts: list[int],
+    lengths: list[int],
+    max_query: int,
+    max_length: int,
+) -> None:
+    """ValueError unless every row's queries lie in T = `tokens`, its keys in N = `size`, and both are within bounds."""
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens:
         raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens of query, got {cu_seqlens}")
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
@@ -70,6 +78,11 @@ def check_layout(tokens: int, size: int, cu_seqlens: list[int], starts: list[int
             raise ValueError(f"row {row} has keys {start} to {start + length}, there are {size}")
         if new > length:
             raise ValueError(f"row {row} asks with {new} tokens and has {length} keys; its own must be among them")
+        if new > max_query or length > max_length:
+            raise ValueError(
+                f"row {row} asks with {new} tokens and has {length} keys; max_query is {max_query}, max_length "
+                f"{max_length}"
+            )
 
 
 def ragged_attention(
@@ -89,7 +102,7 @@ def ragged_attention(
 ) -> Tensor:
     """query [T, H, D], keys [H_kv, N, D], values [H_kv, N, D_v] -> [T, H, D_v]; see `drllm_fast.ops`."""
     new, starts, lengths = cu_seqlens.diff().tolist(), starts.tolist(), lengths.tolist()
-    check_layout(query.shape[0], keys.shape[1], cu_seqlens.tolist(), starts, lengths)
+    check_layout(query.shape[0], keys.shape[1], cu_seqlens.tolist(), starts, lengths, max_query, max_length)
     if packed and (starts != cu_seqlens[:-1].tolist() or lengths != new):
         raise ValueError(
             f"packed=True needs starts to be cu_seqlens[:-1] and lengths the rows' tokens, got {starts}, {lengths}"

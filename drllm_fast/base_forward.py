@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -37,11 +39,14 @@ def base_forward(
 ):
     """The base model's own forward, `dense`, on packed tokens and routed layers. Arguments and result as there."""
     settings, own = current(routing), take_mark(routing)
+    cache_argument = name_of_cache(dense)
+    if cache_argument in kwargs:
+        past_key_values = kwargs.pop(cache_argument)
     if settings.disabled:
         check_dense_cache(past_key_values)
         given = {
             "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
-            "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache,
+            cache_argument: past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache,
         }  # fmt: skip
         token = ACTIVE.set(None)
         try:
@@ -68,12 +73,9 @@ def base_forward(
         raise ValueError("this cache was filled by another model; start with a new cache")
     real = real_columns(attention_mask, batch, columns, None if fresh else cache)
     packed = PackedBatch(real, batch, columns, x.device)
-    if position_ids is None or (own and settings.count_positions):
-        packed_positions = packed.positions(past)
-    else:
-        packed_positions = packed.pack(position_ids.expand(batch, -1)[:, -columns:])
-    ids = None if input_ids is None else packed.pack(input_ids)
-    embeds = None if inputs_embeds is None else packed.pack(inputs_embeds)
+    counted = position_ids is None or (own and settings.count_positions)
+    if counted:
+        packed.announce_positions(past)
 
     undo = None
     if past_columns:
@@ -84,19 +86,21 @@ def base_forward(
         prompt_lengths = prompt_lengths_of(settings, packed, real, own)
         if past_key_values is not None and fresh:
             undo = RoutedCache.convert(cache, routing.num_layers)
-    run = RoutedForward(
-        routing, packed, past, routing.num_layers, cache, policy, prompt_lengths, None if ids is None else ids[0]
-    )
+    run = RoutedForward(routing, packed, past, routing.num_layers, cache, policy, prompt_lengths)
     token = ACTIVE.set(run)
     try:
+        ids = None if input_ids is None else packed.pack(input_ids)
+        run.input_ids = None if ids is None else ids[0]
         outputs = dense(
             input_ids=ids,
             attention_mask=_no_mask(x.device),
-            position_ids=packed_positions,
-            past_key_values=cache,
-            inputs_embeds=embeds,
+            position_ids=(
+                packed.positions(past) if counted else packed.pack(position_ids.expand(batch, -1)[:, -columns:])
+            ),
+            inputs_embeds=None if inputs_embeds is None else packed.pack(inputs_embeds),
             use_cache=use_cache,
             return_dict=True,
+            **{cache_argument: cache},
             **kwargs,
         )
     except BaseException:
@@ -116,6 +120,12 @@ def base_forward(
     routing.last = Tally.of(run, cache, continued=bool(past_columns))
     outputs = _unpacked(outputs, packed)
     return outputs if as_dict else outputs.to_tuple()
+
+
+@functools.cache
+def name_of_cache(forward: Callable) -> str:
+    """What a model's forward calls its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def prompt_lengths_of(settings: Settings, packed: PackedBatch, real: Tensor | None, own: bool) -> list[int]:

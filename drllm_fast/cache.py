@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 from drllm_fast.active import ACTIVE
 from drllm_fast.kv_slot import KVSlot
 from drllm_fast.planner import DecodePlan, decode_plan
+from drllm_fast.tables import Tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -44,6 +45,11 @@ class RoutedLayer(CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         self.record_past = True
+
+    @property
+    def keep(self) -> int | None:
+        """How many tokens before a new one its sliding window still needs; None for all."""
+        return None if self.sliding_window is None or self.record_past else self.sliding_window - 1
 
     def _ask_the_cache(self, *args, **kwargs):
         raise NotImplementedError(
@@ -116,7 +122,6 @@ class RoutedCache(DynamicCache):
         self.tally: object | None = None
         self.model: Callable[[], nn.Module | None] | None = None  # weak: a cache keeps no model alive
         self._decoded: DecodePlan | None = None
-        self._where: dict[tuple, Tensor] = {}  # of the forward that is running, see KVSlot.write
 
     # -- the executor's side ------------------------------------------------------------------------------------
     @property
@@ -142,7 +147,6 @@ class RoutedCache(DynamicCache):
         past = self.lengths or [0] * len(lengths)
         self.lengths = [p + n for p, n in zip(past, lengths, strict=True)]
         self.columns += columns
-        self._where.clear()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         forward = ACTIVE.get()
@@ -153,9 +157,10 @@ class RoutedCache(DynamicCache):
             )
         visit = forward.visit
         layer = self.layers[visit.layer]
-        keep = None if layer.sliding_window is None or layer.record_past else layer.sliding_window - 1
         slot = layer.slots[visit.number]
-        visit.slot = slot.write(key_states, value_states, visit.past, visit.rows.lengths, keep, self._where)
+        visit.slot = slot.write(
+            key_states, value_states, visit.past, visit.rows.lengths, layer.keep, forward.packed.tables
+        )
         visit.keys, visit.values = key_states, value_states
         return key_states, value_states
 
@@ -265,10 +270,13 @@ class RoutedCache(DynamicCache):
         if not sources:
             self.reset()
             return
-        decoded, memo = self.decoded, {}
+        decoded, tables, moves = self.decoded, Tables(), []
         for index, layer in enumerate(self.layers):
             for rows, rank, slot in zip(decoded.schedule[index], decoded.ranks[index], layer.slots, strict=True):
-                slot.take([rank[s] for s in sources if rank[s] >= 0], [self.lengths[r] for r in rows], memo)
+                moves.append((slot, [rank[s] for s in sources if rank[s] >= 0], [self.lengths[r] for r in rows]))
+                slot.announce_take(*moves[-1][1:], tables)
+        for slot, *move in moves:
+            slot.take(*move, tables)
         self.fix(self.plan[sources], self.decided_by)
         self.lengths = [self.lengths[s] for s in sources]
         self.real = None if self.real is None else _unless_all(self.real[sources])

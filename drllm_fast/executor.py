@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from drllm_fast.cache import RoutedCache
 from drllm_fast.kv_slot import KVSlot
-from drllm_fast.ops import scatter_rows
-from drllm_fast.packed import PackedBatch, RowSet
+from drllm_fast.packed import PackedBatch, RowSet, cu_seqlens_table
 from drllm_fast.policies import PromptBatch, RoutingPolicy, check_decisions
 
 
@@ -52,22 +51,36 @@ class RoutedForward:
         cache: RoutedCache | None,
         policy: RoutingPolicy | None,
         prompt_lengths: list[int],
-        input_ids: Tensor | None,
     ):
         self.owner = owner  # the Routing whose layers this forward is for
         self.packed, self.past, self.cache = packed, past, cache
         self.policy = policy  # None once all paths are known
-        self.prompt_lengths, self.input_ids = prompt_lengths, input_ids
-        self.plan = cache.plan if policy is None else torch.zeros(packed.batch, num_layers, dtype=torch.int8)
+        self.prompt_lengths = prompt_lengths
+        self.input_ids: Tensor | None = None  # [T], for the policy
+        self.plan = (
+            cache.plan if policy is None else torch.zeros(packed.batch, num_layers, dtype=torch.int8, device="cpu")
+        )
         self.schedule = cache.schedule if policy is None else [((), ())] * num_layers
         self.visit: Visit | None = None
+        self._latest = -1  # the layer that ran last
         self.layer_rows, self.layer_tokens = [0] * num_layers, [0] * num_layers
         self._layouts: dict[tuple, tuple] = {}
         self._moved: dict[tuple, tuple[object, object]] = {}
+        if packed.device.type != "cpu":
+            if policy is None:
+                self._announce(range(num_layers))
+            else:
+                packed.announce_heads(prompt_lengths)
 
     def run_layer(self, module: nn.Module, forward: Callable[..., Tensor], hidden: Tensor, *args, **kwargs) -> Tensor:
         """All visits of one block, `module`, whose own forward is `forward`: hidden [1, T, d] -> [1, T, d]."""
         layer = module._drllm_layer
+        if layer <= self._latest:
+            raise NotImplementedError(
+                "this model runs a layer more than once a forward, or not in order, so that a layer path does not say "
+                "what runs; call model.disable_dynamic_routing()"
+            )
+        self._latest = layer
         if self.policy is not None:
             self._decide(layer, hidden)
         for number, rows in enumerate(self.schedule[layer]):
@@ -76,15 +89,15 @@ class RoutedForward:
             subset = self.packed.subset(rows, hidden.device)
             if subset.tokens == 0:  # rows that brought no token to this forward
                 break
-            if subset.index is None:
+            if subset is self.packed.everything:
                 self.visit = Visit(layer, number, subset, self.past)
                 hidden = self._checked(forward(module, hidden, *args, **kwargs))
             else:
                 self.visit = Visit(layer, number, subset, [self.past[r] for r in rows])
                 args_here = [self._rows_of(a, subset) for a in args]
                 kwargs_here = {k: self._rows_of(a, subset) for k, a in kwargs.items()}
-                out = forward(module, hidden.index_select(1, subset.index), *args_here, **kwargs_here)
-                hidden = scatter_rows(hidden[0], subset.index, self._checked(out)[0]).unsqueeze(0)
+                out = forward(module, subset.take(hidden), *args_here, **kwargs_here)
+                hidden = subset.put(hidden, self._checked(out))
             self.layer_rows[layer] += len(rows)
             self.layer_tokens[layer] += subset.tokens
         return hidden
@@ -102,22 +115,45 @@ class RoutedForward:
         if decisions.ndim == 2:
             self.plan[:, layer:] = decisions[:, layer:]
             self.policy = None
+            columns = self.plan[:, layer:].T.tolist()
         else:
             self.plan[:, layer] = decisions
-        for at in range(layer, layers if decisions.ndim == 2 else layer + 1):
-            column = self.plan[:, at].tolist()
+            columns = [decisions.tolist()]
+        decided = range(layer, layer + len(columns))
+        for at, column in zip(decided, columns, strict=True):
             once = tuple(r for r, d in enumerate(column) if d >= 1)
             self.schedule[at] = (once, tuple(r for r in once if column[r] == 2))
+        if hidden.device.type != "cpu":
+            self._announce(decided)
+
+    def _announce(self, layers: range) -> None:
+        """What the visits of these layers will ask of `Tables`, so that one copy takes all of it to the device."""
+        for layer in layers:
+            for number, rows in enumerate(self.schedule[layer]):
+                if not rows:
+                    break
+                self.packed.announce_subset(rows)
+                new, past = [self.packed.lengths[r] for r in rows], [self.past[r] for r in rows]
+                if not any(new):
+                    break
+                starts, total = [0, *accumulate(new[:-1])], new
+                if self.cache is not None:
+                    place = self.cache.layers[layer]
+                    slot = place.slots[number]
+                    slot.announce_write(past, new, place.keep, self.packed.tables)
+                    if slot.keys is not None:
+                        starts, total = slot.starts, slot.held(past, new)
+                for table in _layout_tables(new, starts, total):
+                    self.packed.tables.add(*table)
 
     def key_layout(self, new: list[int], starts: list[int], total: list[int], device: torch.device) -> tuple:
         """cu_seqlens, starts, lengths, max_query and max_length of `ops.ragged_attention`, and whether it is `packed`;
         remembered, since visits of the same rows mostly keep their keys alike."""
         key = (*new, *starts, *total, device)
         if key not in self._layouts:
-            ends = [0, *accumulate(new)]
-            on_device = (torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, starts, total))
-            packed = total == new and starts == ends[:-1]
-            self._layouts[key] = (*on_device, max(new), max(total)), packed
+            tables = (self.packed.tables.get(*table, device) for table in _layout_tables(new, starts, total))
+            packed = total == new and starts == [0, *accumulate(new[:-1])]
+            self._layouts[key] = (*tables, max(new), max(total)), packed
         return self._layouts[key]
 
     def _rows_of(self, argument: object, subset: RowSet) -> object:
@@ -125,9 +161,9 @@ class RoutedForward:
         if isinstance(argument, Tensor):
             if argument.ndim < 2 or argument.shape[1] != self.packed.tokens:
                 return argument
-            key = (id(argument), subset.rows, subset.index.device)
+            key = (id(argument), subset.rows, argument.device)
             if key not in self._moved:  # the argument is kept beside its part, or its id could be given away
-                self._moved[key] = (argument, argument.index_select(1, subset.index.to(argument.device)))
+                self._moved[key] = (argument, subset.take(argument))
             return self._moved[key][1]
         if isinstance(argument, tuple | list):
             return type(argument)(self._rows_of(a, subset) for a in argument)
@@ -146,3 +182,11 @@ class RoutedForward:
         else:
             what = f"layer {self.visit.layer} stores no keys of its own (shared KV)"
         raise NotImplementedError(f"this model cannot be routed: {what}; call model.disable_dynamic_routing()")
+
+
+def _layout_tables(new: list[int], starts: list[int], total: list[int]) -> tuple:
+    return (
+        cu_seqlens_table(new),
+        (("starts", *starts), lambda: torch.tensor(starts, dtype=torch.int32, device="cpu")),
+        (("lengths", *total), lambda: torch.tensor(total, dtype=torch.int32, device="cpu")),
+    )

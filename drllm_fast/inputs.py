@@ -64,7 +64,8 @@ def check_inputs(base, attention: str, x: Tensor, attention_mask, position_ids, 
 
 
 def real_columns(mask: Tensor | None, batch: int, columns: int, cache: RoutedCache | None) -> Tensor | None:
-    """Which of the new columns are real: bool [B, S], or None when all are. Checks the part the cache has seen."""
+    """Which of the new columns are real: bool [B, S] on the CPU, or None when all are. Checks the part that the
+    cache has seen."""
     past = 0 if cache is None else cache.columns
     if mask is None:
         if cache is not None and cache.real is not None and past:
@@ -75,11 +76,11 @@ def real_columns(mask: Tensor | None, batch: int, columns: int, cache: RoutedCac
             f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, {past + columns}): one entry for each "
             f"of the {past} columns in the cache and of the {columns} new ones"
         )
-    mask = mask.to(torch.bool)
+    mask = mask.to(torch.bool).cpu()  # read once, and here
     if bool(mask.all()) and (cache is None or cache.real is None):
         return None
     if past:
-        seen = mask[:, :past].cpu()
+        seen = mask[:, :past]
         if not (bool(seen.all()) if cache.real is None else torch.equal(seen, cache.real)):
             raise ValueError(
                 "the attention_mask hides or shows other past columns than when they were run; the keys are in the "

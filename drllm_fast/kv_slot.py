@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from itertools import accumulate
 from operator import add, le, sub
 
 import torch
 from torch import Tensor
+
+from drllm_fast.tables import Tables
 
 # Room left behind each row when its slot grows, in tokens: a copy of the slot every 64 steps, not at each one.
 GROWTH = 64
@@ -27,9 +30,9 @@ class KVSlot:
         self.room: list[int] = []
         self.first: list[int] = []
 
-    def write(self, k: Tensor, v: Tensor, past: list[int], new: list[int], keep: int | None, memo: dict) -> KVSlot:
-        """Store new[i] tokens of row i at position past[i]. `keep`: past tokens a sliding window still needs. `memo`:
-        where the tokens of this forward go, for slots that are laid out alike.
+    def write(self, k: Tensor, v: Tensor, past: list[int], new: list[int], keep: int | None, tables: Tables) -> KVSlot:
+        """Store new[i] tokens of row i at position past[i]. `keep`: past tokens a sliding window still needs. `tables`:
+        of this forward, where slots that are laid out alike find where their tokens go.
 
         Returns the slot to attend to: this one, or the whole prompt where only its end is kept."""
         if self.keys is None:
@@ -42,44 +45,75 @@ class KVSlot:
         if torch.is_grad_enabled() or self.keys.requires_grad:
             self._concatenate(k, v, past, new)
             return self
-        at = list(map(sub, past, self.first))  # in the row's segment
-        frozen = self.keys.is_inference() and not torch.is_inference_mode_enabled()
-        if frozen or not all(map(le, map(add, at, new), self.room)):
-            self._grow(past, new, keep)
-            at = list(map(sub, past, self.first))
+        at = self._reserve(past, new, keep)
         if len(new) == 1:
             self.keys.narrow(2, at[0], new[0]).copy_(k)
             self.values.narrow(2, at[0], new[0]).copy_(v)
             return self
-        key = (*self.starts, *at, *new, k.device)
-        index = memo.get(key)
-        if index is None:
-            where = [s + a + i for s, a, n in zip(self.starts, at, new, strict=True) for i in range(n)]
-            memo[key] = index = torch.tensor(where, device=k.device)
+        index = tables.get(*self._written(at, new), k.device)
         self.keys.index_copy_(2, index, k)
         self.values.index_copy_(2, index, v)
         return self
 
-    def take(self, sources: list[int], lengths: list[int], memo: dict) -> None:
+    def held(self, past: list[int], new: list[int]) -> list[int]:
+        """How many keys each row has here once its new tokens are written."""
+        return [p + n - f for p, n, f in zip(past, new, self.first, strict=True)]
+
+    def announce_write(self, past: list[int], new: list[int], keep: int | None, tables: Tables) -> None:
+        """What `write` will do with the layout, done before it: the room is made, and the index waits in `tables`."""
+        if self.keys is None or torch.is_grad_enabled() or self.keys.requires_grad:
+            return
+        at = self._reserve(past, new, keep)
+        if len(new) > 1:
+            tables.add(*self._written(at, new))
+
+    def _reserve(self, past: list[int], new: list[int], keep: int | None) -> list[int]:
+        """Make room for new[i] tokens of row i; where in its segment they go."""
+        at = list(map(sub, past, self.first))
+        frozen = self.keys.is_inference() and not torch.is_inference_mode_enabled()
+        if frozen or not all(map(le, map(add, at, new), self.room)):
+            self._grow(past, new, keep)
+            at = list(map(sub, past, self.first))
+        return at
+
+    def _written(self, at: list[int], new: list[int]) -> tuple[tuple, Callable[[], Tensor]]:
+        def where() -> Tensor:
+            return torch.tensor(
+                [s + a + i for s, a, n in zip(self.starts, at, new, strict=True) for i in range(n)], device="cpu"
+            )
+
+        return ("written", *self.starts, *at, *new), where
+
+    def take(self, sources: list[int], lengths: list[int], tables: Tables) -> None:
         """Row i becomes what row sources[i] was; `lengths` [old rows] are the tokens each old row has run."""
         if sources == list(range(len(self.starts))):
             return
         if not sources:
             self.__init__()
             return
-        key = (tuple(self.starts), tuple(self.first), tuple(lengths), tuple(sources), self.keys.device)
-        if key not in memo:
-            # One token of room, for beam search: it comes back at every step, and more would be copied for nothing.
-            # It is filled with whatever lies at 0, and written before it is read.
-            parts, spare = [], torch.zeros(1, dtype=torch.int64)
-            for i in sources:
-                parts += [torch.arange(self.starts[i], self.starts[i] + lengths[i] - self.first[i]), spare]
-            memo[key] = torch.cat(parts).to(self.keys.device)
-        index = memo[key]
+        index = tables.get(*self._taken(sources, lengths), self.keys.device)
         self.keys, self.values = self.keys.index_select(2, index), self.values.index_select(2, index)
         self.first = [self.first[i] for i in sources]
         self.room = [lengths[i] - f + 1 for i, f in zip(sources, self.first, strict=True)]
         self.starts = [0, *accumulate(self.room[:-1])]
+
+    def announce_take(self, sources: list[int], lengths: list[int], tables: Tables) -> None:
+        if sources and sources != list(range(len(self.starts))):
+            tables.add(*self._taken(sources, lengths))
+
+    def _taken(self, sources: list[int], lengths: list[int]) -> tuple[tuple, Callable[[], Tensor]]:
+        def which() -> Tensor:
+            # One token of room, for beam search: it comes back at every step, and more would be copied for nothing.
+            # It is filled with whatever lies at 0, and written before it is read.
+            parts, spare = [], torch.zeros(1, dtype=torch.int64, device="cpu")
+            for i in sources:
+                parts += [
+                    torch.arange(self.starts[i], self.starts[i] + lengths[i] - self.first[i], device="cpu"),
+                    spare,
+                ]
+            return torch.cat(parts)
+
+        return ("taken", tuple(self.starts), tuple(self.first), tuple(lengths), tuple(sources)), which
 
     def bytes_per_token(self) -> int:
         return sum(t.shape[1] * t.shape[3] * t.element_size() for t in (self.keys, self.values))

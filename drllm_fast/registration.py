@@ -33,6 +33,13 @@ def triton_kernel(name: str, function: Callable) -> None:
         impl(f"drllm_fast::{name}", "CUDA", function)
 
 
+def check_integer(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def check(checks: Callable, *arguments) -> None:
     """Raise what `checks` raises, unless the call is being compiled: sizes may be unknown there, and the fakes say what
     must hold."""

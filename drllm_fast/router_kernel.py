@@ -1,4 +1,5 @@
-"""The router of one block for a packed batch, in one kernel launch. Its oracle is `router_reference.router`.
+"""The router of one block for a packed batch: one kernel, and the zeroing of B counters before it. Its oracle is
+`router_reference.router`.
 
     n_b tokens in row b, W_b = min(windows, n_b), s_b = n_b // W_b
     z[b, w]    = W1 (sum of x over the s_b tokens of window w) / s_b + b1
@@ -34,8 +35,6 @@ MAX_BLOCK_H = 128
 PROGRAMS = 384  # to aim for: three fit on a multiprocessor, of which an H100 has 132
 MAX_H = 1024
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_arrived: dict[tuple[torch.device, int], Tensor] = {}  # see `_counters`
 
 
 @triton.jit
@@ -188,7 +187,6 @@ def router_kernel(
                     cu_ptr, b1_ptr, w2_ptr, b2_ptr, cost_ptr, pieces_ptr, logits_ptr, decisions_ptr, h, windows,
                     TOKENS, TILE, BLOCK_H, WINDOWS, PIECES,
                 )  # fmt: skip
-                tl.store(arrived_ptr + done, 0)
 
 
 def supports(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, cost: Tensor) -> bool:
@@ -233,29 +231,11 @@ def router(
     splits = triton.cdiv(slices, of_a_program)
     pieces = x.new_empty(tiles + min(rows * windows, tokens + rows), splits, h, dtype=torch.float32)
 
+    arrived = x.new_zeros(rows, dtype=torch.int32)
     with torch.cuda.device_of(x):
-        key, arrived = _counters(x.device, rows)
         router_kernel[(tiles * chunks, splits)](
             x, cu_seqlens, w1, b1, w2, b2, cost, pieces, arrived, logits, decisions,
             rows, x.stride(0), d, h, windows, splits, of_a_program,
             **chosen, enable_fp_fusion=True,
         )  # fmt: skip
-    if key is not None:
-        _arrived[key] = arrived
     return logits, decisions
-
-
-def _counters(device: torch.device, rows: int) -> tuple[tuple[torch.device, int] | None, Tensor]:
-    """int32 zeros for at least `rows` rows, and the key under which to keep them after the launch.
-
-    The kernel leaves them zero, so that one buffer serves all launches on a stream and no launch is spent on zeroing.
-    It is out of `_arrived` while in use: after an exception it is dropped, and another thread makes one of its own.
-    A graph that is being captured gets its own (key None), zeroed whenever it is replayed.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return None, torch.zeros(rows, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-    kept = _arrived.pop(key, None)
-    if kept is None or len(kept) < rows:
-        kept = torch.zeros(max(triton.next_power_of_2(rows), 1024), dtype=torch.int32, device=device)
-    return key, kept

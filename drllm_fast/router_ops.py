@@ -29,9 +29,9 @@ def router(
     windows     at least 1; a row of n tokens is pooled into min(windows, n)
     cost        floating [3] or None, subtracted from the logits: what each class costs, for a budget
 
-    The formula is in `drllm_fast.router_reference`, which is also what runs for fp64; a row without tokens has the
-    logits -cost. Everything is accumulated in fp32. Differentiable in the floating arguments. Raises TypeError or
-    ValueError.
+    The formula is in `drllm_fast.router_reference`, which is also what runs for fp64, and on CUDA for fp64 weights and
+    for h above 1024, where it waits for the device. A row without tokens has the logits -cost. Everything is accumulated
+    in fp32. Differentiable in the floating arguments. Raises TypeError or ValueError.
     """
     cost = torch.zeros_like(b2) if cost is None else cost
     arguments = (x, cu_seqlens, w1, b1, w2, b2, cost, windows)
@@ -70,6 +70,17 @@ define_op(
 
 @register_fake("drllm_fast::router")
 def _(x, cu_seqlens, w1, b1, w2, b2, cost, windows):
+    h, d = w1.shape
+    for shape, expected in (
+        (x.shape[1:], (d,)),
+        (b1.shape, (h,)),
+        (w2.shape, (3, h)),
+        (b2.shape, (3,)),
+        (cost.shape, (3,)),
+    ):
+        torch._check(len(shape) == len(expected))
+        for size, other in zip(shape, expected, strict=True):
+            torch._check(size == other)
     rows = cu_seqlens.shape[0] - 1
     return x.new_empty(rows, 3, dtype=torch.float32), x.new_empty(rows, dtype=torch.int8)
 
@@ -110,6 +121,7 @@ register_autograd("drllm_fast::router_windows", _windows_backward, setup_context
 def _router_cuda(x, cu_seqlens, w1, b1, w2, b2, cost, windows):
     from drllm_fast import router_kernel
 
+    check_router(x, cu_seqlens, w1, b1, w2, b2, cost, windows)
     # What the kernel does not take, fp64 and routers wider than 1024 in the main, is the reference's.
     module = router_kernel if router_kernel.supports(x, w1, b1, w2, b2, cost) else router_reference
     return module.router(x, cu_seqlens, w1, b1, w2, b2, cost, windows)

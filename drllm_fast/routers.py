@@ -19,9 +19,8 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from drllm_fast import fingerprint, router_files
+from drllm_fast import fingerprint, ops, router_files
 from drllm_fast.decoder import decoder_of, unwrap
-from drllm_fast.ops import router as run_router
 from drllm_fast.policies import PromptBatch
 from drllm_fast.router_reference import CLASSES, EXECUTE, REPEAT, SKIP, decide
 
@@ -52,7 +51,19 @@ def choose(logits: Tensor, knob: float = PURE_ROUTER) -> Tensor:
 def _anchor(logits: Tensor, one_class: int | None) -> Tensor:
     if one_class is None:
         return logits.softmax(dim=-1)
-    return torch.zeros_like(logits).index_fill(-1, torch.tensor(one_class, device=logits.device), 1)
+    certain = torch.zeros_like(logits)
+    certain.select(-1, one_class).fill_(1)
+    return certain
+
+
+def _check_finite(logits: Tensor, layer: int) -> None:
+    # No NaN or infinity of a window gets lost on the way to the logits: 0 * inf and gelu(-inf) are NaN.
+    if not math.isfinite(logits.sum().item()):
+        rows = [row for row, fine in enumerate(logits.isfinite().all(dim=1).tolist()) if not fine]
+        raise ValueError(
+            f"layer {layer}: the hidden states of rows {rows[:8]} are not finite, or overflow in the router; look "
+            "for NaN in the model's weights or inputs, and use bfloat16 or float32 if the model overflows float16"
+        )
 
 
 class LayerRouters(
@@ -199,33 +210,37 @@ class LayerRouters(
         Differentiable. Raises ValueError for a layer there is not, for hidden states of another size, and
         for values that are not finite, naming layer and rows.
         """
-        return self._decide(layer, prompts)[0]
+        logits, _ = self._decide(layer, prompts)
+        _check_finite(logits, layer)
+        return logits
 
     def _decide(self, layer: int, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer must be from 0 to {self.num_layers - 1}, got {layer}")
-        hidden = prompts.hidden
+        hidden, cu_seqlens = prompts.hidden, prompts.cu_seqlens
         if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:
             raise ValueError(f"hidden must be [P, {self.hidden_size}], got {list(hidden.shape)}")
-        if layer == 0 and self.w1.device != hidden.device:
+        # This runs once a block while a prompt is read, so that microseconds count: parameters are taken from where
+        # nn.Module keeps them, and the op is called without the checks of its public function.
+        if layer == 0 and self._parameters["w1"].device != hidden.device:
             with torch.inference_mode(False):  # parameters moved in inference mode could not be trained any more
                 self.to(hidden.device)
-        weights = (p[layer].to(hidden.device) for p in (self.w1, self.b1, self.w2, self.b2))
-        logits, decisions = run_router(hidden, prompts.cu_seqlens, *weights, windows=self.windows)
-        # No NaN or infinity of a window gets lost on the way: 0 * inf and gelu(-inf) are NaN.
-        if not math.isfinite(logits.sum().item()):
-            rows = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
-            raise ValueError(
-                f"layer {layer}: the hidden states of rows {rows[:8]} are not finite, or overflow in the router; look "
-                "for NaN in the model's weights or inputs, and use bfloat16 or float32 if the model overflows float16"
-            )
-        return logits, decisions
+        w1, b1, w2, b2 = (p[layer] for p in self._parameters.values())
+        if w1.device != hidden.device:
+            w1, b1, w2, b2 = (w.to(hidden.device) for w in (w1, b1, w2, b2))
+        if cu_seqlens.dtype != torch.int32 or hidden.dtype == torch.float64:
+            return ops.router(hidden, cu_seqlens, w1, b1, w2, b2, windows=self.windows)
+        return torch.ops.drllm_fast.router(hidden, cu_seqlens, w1, b1, w2, b2, torch.zeros_like(b2), self.windows)
 
     @torch.inference_mode()
     def route(self, layer: int, prompts: PromptBatch) -> Tensor:
-        """int8 [B], for each prompt whether block `layer` is skipped (0), executed (1) or repeated (2)."""
+        """int8 [B] on the CPU, for each prompt whether block `layer` is skipped (0), executed (1) or repeated (2)."""
         logits, decisions = self._decide(layer, prompts)
-        return decisions if self.knob == PURE_ROUTER else choose(logits, self.knob)
+        elsewhere = not logits.is_cpu
+        if elsewhere:  # one copy, for each waits for the device; the decisions follow from it
+            logits = logits.cpu()
+        _check_finite(logits, layer)
+        return choose(logits, self.knob) if elsewhere or self.knob != PURE_ROUTER else decisions
 
     def extra_repr(self) -> str:
         base = "any" if self.base_model is None else repr(self.base_model["name"])

@@ -15,7 +15,7 @@ ROW_OPS = {"active_tokens", *CUDA_OPS}
 def test_what_it_says_is_what_runs():
     info = build_info()
     assert json.loads(json.dumps(info)) == info
-    assert info["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(info["versions"]["torch"])  # with or without what it is built for
     assert info["cuda"]["torch_built_for"] == torch.version.cuda
     assert info["ops"].keys() >= ROW_OPS
     loaded = ops.EXTENSION_ERROR is None

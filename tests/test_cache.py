@@ -24,6 +24,7 @@ from transformers import DynamicCache
 import drllm_fast.kv_slot
 from drllm_fast.cache import RoutedCache
 from drllm_fast.kv_slot import GROWTH, KVSlot
+from drllm_fast.tables import Tables
 
 # More examples: DRLLM_FAST_EXAMPLES=500 pytest tests/test_cache.py, which then also draws anew at each run.
 EXAMPLES = os.environ.get("DRLLM_FAST_EXAMPLES")
@@ -521,7 +522,7 @@ def test_a_slot_is_seldom_copied(window, steps, copies):
     slot, k = KVSlot(), torch.ones(1, 1, 3, 2)
     with torch.inference_mode():
         for position in range(steps):
-            slot.write(k * position, k * -position, [position] * 3, [1] * 3, keep, {})
+            slot.write(k * position, k * -position, [position] * 3, [1] * 3, keep, Tables())
             if not seen or seen[-1] is not slot.keys:
                 seen.append(slot.keys)
     assert len(seen) <= copies
@@ -530,15 +531,6 @@ def test_a_slot_is_seldom_copied(window, steps, copies):
         held = list(range(first, steps))
         assert slot.keys[0, 0, start : start + len(held), 0].tolist() == held
         assert slot.values[0, 0, start : start + len(held), 0].tolist() == [-p for p in held]
-
-
-def test_where_tokens_went_is_forgotten_after_each_forward():
-    model = routed("llama")
-    cache = filled(model)
-    mask = torch.tensor([[0] * 4 + [1] * 6, [1] * 10])
-    with torch.no_grad():
-        model(torch.tensor([[3], [4]]), attention_mask=mask, past_key_values=cache)
-    assert cache.lengths == [6, 10] and not cache._where
 
 
 def test_a_fused_projection_is_not_kept_alive():

@@ -70,9 +70,13 @@ def test_without_padding_nothing_is_copied():
 def test_the_mask_may_be_on_another_device():
     real = torch.tensor([[False, True], [True, True]])
     packed = PackedBatch(real, 2, 2, torch.device("cpu", 0))
-    assert packed.index.device == CPU and packed.lengths == [1, 2]
+    assert packed.real.device == CPU and packed.lengths == [1, 2]
     with pytest.raises(NotImplementedError):  # moved: a meta tensor has no values to count
-        PackedBatch(real, 2, 2, torch.device("meta"))
+        PackedBatch(real.to("meta"), 2, 2, CPU)
+    packed = PackedBatch(real, 2, 2, torch.device("meta"))  # what is packed may be elsewhere, too
+    assert packed.unpack(packed.pack(torch.zeros(2, 2, 3, device="meta"))).shape == (2, 2, 3)
+    assert packed.positions([4, 5]).is_meta
+    assert PackedBatch(None, 3, 1, torch.device("meta")).subset((0, 2), torch.device("meta")).index.is_meta
 
 
 @draws
@@ -100,12 +104,15 @@ def test_a_subset_of_rows(mask, data):
     assert subset.rows == rows and subset.lengths == [packed.lengths[r] for r in rows]
     assert subset.tokens == sum(subset.lengths)
     assert packed.subset(rows, CPU) is subset  # remembered
-    assert (subset.index is None) == (len(rows) == len(mask))
-    if subset.index is not None:
-        x = packed.pack(torch.randn(*real.shape, 2))
-        part = x.index_select(1, subset.index)
-        parts = x[0].split(packed.lengths)
-        assert torch.equal(part[0], torch.cat([parts[r] for r in rows]))
+    one_run = list(rows) == list(range(rows[0], rows[-1] + 1))
+    assert (subset.index is None) == one_run and (subset is packed.everything) == (len(rows) == len(mask))
+    x = packed.pack(torch.randn(*real.shape, 2))
+    before, parts = x.clone(), list(x[0].split(packed.lengths))
+    assert torch.equal(subset.take(x)[0], torch.cat([parts[r] for r in rows]))
+    new = torch.randn(1, subset.tokens, 2)
+    for r, part in zip(rows, new[0].split(subset.lengths), strict=True):
+        parts[r] = part
+    assert torch.equal(subset.put(x, new)[0], torch.cat(parts)) and torch.equal(x, before)
 
 
 @draws

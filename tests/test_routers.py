@@ -151,7 +151,9 @@ def test_overflow_in_the_router_is_refused():
 def test_route_keeps_no_graph(monkeypatch):
     modes = []
     monkeypatch.setattr(
-        LayerRouters, "_decide", lambda *args: modes.append(torch.is_grad_enabled()) or (torch.zeros(1, 3), None)
+        LayerRouters,
+        "_decide",
+        lambda *args: modes.append(torch.is_grad_enabled()) or (torch.zeros(1, 3), torch.ones(1, dtype=torch.int8)),
     )
     made().route(0, batch())
     assert modes == [False]

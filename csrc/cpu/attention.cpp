@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -34,7 +35,7 @@ struct Parts {  // of the keys of one row, for one group of heads
 };
 
 void check_tensor(const char* name, const Tensor& t, const Tensor& query) {
-  STD_TORCH_CHECK(t.scalar_type() == query.scalar_type(), "query, keys and values must have one dtype, not so ", name);
+  check_type(t.scalar_type() == query.scalar_type(), "query, keys and values must have one dtype, not so ", name);
   check_value(t.dim() == 3, name, " must have 3 dimensions, got ", t.dim());
   check_value(t.is_cpu(), name, " must be on the CPU");
 }
@@ -44,11 +45,11 @@ Tensor dense_rows(const Tensor& t) { return t.size(2) <= 1 || t.stride(2) == 1 ?
 }  // namespace
 
 Tensor ragged_attention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& cu_seqlens,
-                        const Tensor& starts, const Tensor& lengths, int64_t, int64_t, double scale,
+                        const Tensor& starts, const Tensor& lengths, int64_t max_query, int64_t max_length, double scale,
                         std::optional<int64_t> window, std::optional<double> softcap, std::optional<Tensor> sinks,
-                        bool) {
+                        bool packed) {
   const bool is_float = query.scalar_type() == ScalarType::Float;
-  STD_TORCH_CHECK(is_float || query.scalar_type() == ScalarType::BFloat16,
+  check_type(is_float || query.scalar_type() == ScalarType::BFloat16,
              "the CPU kernel of ragged_attention takes float32 and bfloat16; for other types call "
              "drllm_fast.attention_reference.ragged_attention");
   check_tensor("query", query, query);
@@ -59,10 +60,11 @@ Tensor ragged_attention(const Tensor& query, const Tensor& keys, const Tensor& v
   check_value(keys.size(2) == dim && values.size(0) == kv_heads && values.size(1) == size && kv_heads > 0 &&
                   heads % kv_heads == 0,
               "query must be [T, H, D], keys [H_kv, N, D] and values [H_kv, N, D_v], H a multiple of H_kv");
+  check_value(std::isfinite(scale), "scale must be finite, got ", scale);
   check_value(!window || *window >= 1, "window must be at least 1, got ", window.value_or(0));
   check_value(!softcap || *softcap > 0, "softcap must be above 0, got ", softcap.value_or(0));
   for (const Tensor* t : {&cu_seqlens, &starts, &lengths})
-    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && t->is_cpu() && t->dim() == 1,
+    check_type(t->scalar_type() == ScalarType::Int && t->is_cpu() && t->dim() == 1,
                "cu_seqlens, starts and lengths must be int32, of one dimension, on the CPU");
   const int64_t rows = starts.size(0);
   check_value(cu_seqlens.size(0) == rows + 1 && lengths.size(0) == rows,
@@ -79,6 +81,10 @@ Tensor ragged_attention(const Tensor& query, const Tensor& keys, const Tensor& v
     check_value(start[row] >= 0 && length[row] >= 0 && int64_t{start[row]} + length[row] <= size, "row ", row,
                 " has keys ", start[row], " to ", int64_t{start[row]} + length[row], ", there are ", size);
     check_value(asking <= length[row], "row ", row, " asks with ", asking, " tokens and has ", length[row], " keys");
+    check_value(asking <= max_query && length[row] <= max_length, "row ", row, " asks with ", asking, " tokens and has ",
+                length[row], " keys; max_query is ", max_query, ", max_length ", max_length);
+    check_value(!packed || (start[row] == end[row] && length[row] == asking), "packed=True, but the keys of row ", row,
+                " are not those of its queries, in their place");
   }
   std::vector<float> sink_scores;
   if (sinks) {

@@ -27,7 +27,7 @@ void with_type(const Tensor& x, const F& f) {
     case ScalarType::Double: return f(double());
     case ScalarType::BFloat16: return f(torch::headeronly::BFloat16());
     case ScalarType::Half: return f(torch::headeronly::Half());
-    default: STD_TORCH_CHECK(false, "x must be float32, bfloat16, float16, float64");
+    default: check_type(false, "x must be float32, bfloat16, float16, float64");
   }
 }
 

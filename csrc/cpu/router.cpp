@@ -34,11 +34,11 @@ Tensor as_floats(const char* name, const Tensor& t, std::initializer_list<int64_
 std::tuple<Tensor, Tensor> router(const Tensor& x, const Tensor& cu_seqlens, const Tensor& w1, const Tensor& b1,
                                   const Tensor& w2, const Tensor& b2, const Tensor& cost, int64_t windows) {
   const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+  check_type(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
              "the CPU kernel of router takes float32, bfloat16 and float16; for other types call "
              "drllm_fast.router_reference.router");
   check_value(x.dim() == 2 && x.is_cpu(), "x must be [T, d], on the CPU");
-  STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_cpu() && cu_seqlens.dim() == 1,
+  check_type(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_cpu() && cu_seqlens.dim() == 1,
              "cu_seqlens must be int32 [B + 1], on the CPU");
   check_value(cu_seqlens.size(0) >= 1, "cu_seqlens must be [B + 1], got no entry");
   check_value(windows >= 1, "windows must be at least 1, got ", windows);

@@ -33,7 +33,7 @@ Type type_of(const Tensor& x) {
     case ScalarType::Double: return Type::kDouble;
     case ScalarType::BFloat16: return Type::kBFloat16;
     case ScalarType::Half: return Type::kHalf;
-    default: STD_TORCH_CHECK(false, "x must be float32, bfloat16, float16, float64");
+    default: check_type(false, "x must be float32, bfloat16, float16, float64");
   }
 }
 

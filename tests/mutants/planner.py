@@ -87,8 +87,8 @@ MUTANTS = [
     ),
     (  # rows of a cache are kept in a slot that they never ran
         "drllm_fast/cache.py",
-        "slot.take([rank[s] for s in sources if rank[s] >= 0],",
-        "slot.take([rank[s] for s in sources],",
+        "(slot, [rank[s] for s in sources if rank[s] >= 0],",
+        "(slot, [rank[s] for s in sources],",
         "tests/test_generate.py -k beam",
     ),
 ]
