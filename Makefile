@@ -9,6 +9,8 @@ help:
 	@echo 'make install   create .venv, install the package and its tools there, compile what can be compiled'
 	@echo 'make demo      run the demo'
 	@echo 'make test      run the tests'
+	@echo 'make sanitize  run those of the compiled ops under the address and undefined-behaviour sanitizers'
+	@echo 'make mutants   break the sources on purpose, one by one, and show that the tests notice: hours'
 	@echo 'make lint      check style and formatting'
 	@echo 'make format    correct them'
 	@echo 'make bench     run the benchmarks'
@@ -43,6 +45,12 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+sanitize: install
+	$(BIN)/python -m tests.sanitize
+
+mutants: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants.run
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,4 +81,4 @@ clean:
 	rm -f drllm_fast/_C*.so $(INSTALLED)
 	find benchmarks drllm_fast tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test lint format bench build check-cuda-build clean
+.PHONY: help install demo test sanitize mutants lint format bench build check-cuda-build clean

@@ -28,6 +28,9 @@ CXX_FLAGS = [
     *(["/O2", "/std:c++17"] if os.name == "nt" else ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]),
     f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000",
 ]
+# DRLLM_FAST_SANITIZE=1, for tests/sanitize.py. Python's own -fwrapv would define what the second one is to find.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-wrapv", "-O1", "-g1"]
+SANITIZE = SANITIZE if os.environ.get("DRLLM_FAST_SANITIZE") == "1" else []
 CUDA_CXX_FLAGS = [*CXX_FLAGS, "-DUSE_CUDA"]  # without which torch's headers leave its stream out
 NVCC_FLAGS = ["-O3"]
 # Ampere, Hopper, Blackwell; and code that a driver can compile for what comes after them.
@@ -109,7 +112,8 @@ def compile_with_torch(mode):
         ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp")), *sorted(glob("csrc/plan*.cpp"))],
         depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h")),
         include_dirs=[pybind11.get_include()],  # before the older one that torch brings
-        extra_compile_args=CXX_FLAGS,
+        extra_compile_args=[*CXX_FLAGS, *SANITIZE],
+        extra_link_args=SANITIZE,
     )
     extensions = [extension, cuda_extension()] if mode == "cuda" else [extension]
     for each in extensions:

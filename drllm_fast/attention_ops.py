@@ -45,7 +45,8 @@ def ragged_attention(
     everywhere and for fp16 on the CPU.
     Raises TypeError or ValueError.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = query.shape[-1] ** -0.5 if query.ndim and query.shape[-1] else 1.0
     arguments = (query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks)
     check(check_attention, *arguments)
     if attention_has_kernel(query, keys, values, sinks):

@@ -107,7 +107,7 @@ def ragged_attention(
         raise ValueError(
             f"packed=True needs starts to be cu_seqlens[:-1] and lengths the rows' tokens, got {starts}, {lengths}"
         )
-    if not any(new):
+    if not any(new) or not query.shape[1]:
         return query.new_zeros(*query.shape[:2], values.shape[2])
     out = attend_rows(
         query.transpose(0, 1).unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), new, starts, lengths,

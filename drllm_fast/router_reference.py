@@ -36,7 +36,7 @@ def check_router(
         raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
     if x.ndim != 2 or cu_seqlens.ndim != 1 or not len(cu_seqlens):
         raise ValueError(f"x must be [T, d] and cu_seqlens [B + 1], got {list(x.shape)} and {list(cu_seqlens.shape)}")
-    _check_weights(x.shape[1], w1, b1, w2, b2)
+    _check_weights([], x.shape[1], w1, b1, w2, b2)
     if cost.shape != (CLASSES,):
         raise ValueError(f"cost must be [{CLASSES}], got {list(cost.shape)}")
     if windows < 1:
@@ -54,9 +54,9 @@ def check_router_windows(pooled: Tensor, counts: Tensor, w1: Tensor, b1: Tensor,
         raise ValueError(
             f"pooled must be [L, B, windows, d] and counts [B], got {list(pooled.shape)} and {list(counts.shape)}"
         )
-    if any(len(t) != len(pooled) for t in (w1, b1, w2, b2)):
+    if any(t.shape[:1] != pooled.shape[:1] for t in (w1, b1, w2, b2)):
         raise ValueError(f"w1, b1, w2, b2 must have {len(pooled)} layers, as pooled has")
-    _check_weights(pooled.shape[3], w1[0], b1[0], w2[0], b2[0])
+    _check_weights([len(pooled)], pooled.shape[3], w1, b1, w2, b2)
     _check_devices(pooled, {**named, "counts": counts})
 
 
@@ -72,10 +72,12 @@ def _check_devices(first: Tensor, named: dict[str, Tensor]) -> None:
             raise ValueError(f"{next(iter(named))} is on {first.device}, {name} on {tensor.device}; move one of them")
 
 
-def _check_weights(hidden_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
+def _check_weights(layers: list[int], hidden_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
+    """`layers`: the sizes in front of those of one layer."""
     shapes = [list(t.shape) for t in (w1, b1, w2, b2)]
-    width = w1.shape[0] if w1.ndim == 2 else 0
-    if shapes != [[width, hidden_size], [width], [CLASSES, width], [CLASSES]]:
+    width = w1.shape[-2] if w1.ndim == len(layers) + 2 else 0
+    of_a_layer = [[width, hidden_size], [width], [CLASSES, width], [CLASSES]]
+    if shapes != [[*layers, *shape] for shape in of_a_layer]:
         raise ValueError(
             f"w1, b1, w2, b2 of a layer must be [h, {hidden_size}], [h], [{CLASSES}, h], [{CLASSES}], got {shapes}"
         )
@@ -122,7 +124,7 @@ def router_logits(pooled: Tensor, counts: Tensor, w1: Tensor, b1: Tensor, w2: Te
 
     Differentiable. Rows with counts 0 get zeros. Raises ValueError for shapes that do not belong together.
     """
-    _check_weights(w1.shape[-1], w1, b1, w2, b2)
+    _check_weights([], w1.shape[-1], w1, b1, w2, b2)
     hidden_size = w1.shape[1]
     if pooled.ndim != 3 or pooled.shape[2] != hidden_size or counts.shape != pooled.shape[:1]:
         raise ValueError(
@@ -148,7 +150,7 @@ def decide(logits: Tensor) -> Tensor:
 def router(
     x: Tensor, cu_seqlens: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, cost: Tensor, windows: int
 ) -> tuple[Tensor, Tensor]:
-    pooled, counts = pool_windows(x, cu_seqlens, windows)
+    pooled, counts = pool_windows(x, cu_seqlens, min(windows, max(x.shape[0], 1)))  # no row uses more
     logits = router_logits(pooled, counts, w1, b1, w2, b2) - cost.float()
     return logits, decide(logits)
 

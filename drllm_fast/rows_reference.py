@@ -181,7 +181,7 @@ def _check_float(x: Tensor) -> None:
 def _check_offsets(cu_seqlens: Tensor, tokens: int | None = None) -> None:
     if not cu_seqlens.is_cpu:
         return
-    if cu_seqlens[0] != 0 or (cu_seqlens.diff() < 0).any():
+    if cu_seqlens[0] != 0 or (cu_seqlens[1:] < cu_seqlens[:-1]).any():
         raise ValueError(f"cu_seqlens must start at 0 and must not fall, got {cu_seqlens.tolist()}")
     if tokens is not None and tokens < cu_seqlens[-1]:
         raise ValueError(f"tokens must be at least cu_seqlens[-1], got {tokens} and {int(cu_seqlens[-1])}")

@@ -151,6 +151,50 @@ def test_large_scores(dtype):
     check((query.abs(), (keys * 0 + rising).clone(), values, *rest))
 
 
+@DTYPES
+@pytest.mark.parametrize(("new", "total"), [(1, 30), (1, 700), (70, 100), (5, 90)])
+@pytest.mark.parametrize("dim", [24, 32])
+def test_a_nan_shows(new, total, dim, dtype):
+    """Where it is asked with, or seen; and nowhere else."""
+    query, keys, values, *layout = slot([new], [total], 2, 1, dim, 32, dtype)
+    hit, past = new // 2, total - new
+    for softcap in (None, 2.0):
+
+        def attend(query, keys):
+            return attention(*(t[None] for t in (query.transpose(0, 1), keys, values)), *layout, softcap=softcap)[0]  # noqa: B023
+
+        clean = attend(query, keys)
+        asked, seen = query.clone(), keys.clone()
+        asked[hit, 0, 3] = seen[0, past + hit, dim - 1] = torch.nan
+        out = attend(asked, keys)
+        assert out[hit, 0].isnan().all() and int(out.isnan().sum()) == 32
+        out = attend(query, seen)
+        assert out[hit:].isnan().all() and torch.equal(out[:hit], clean[:hit])
+
+
+@DTYPES
+def test_hidden_keys_have_no_weight(dtype):
+    """Not even the smallest there is, which these values would show."""
+    query, keys, values, *layout = slot([9], [12], 2, 1, 16, 16, dtype)
+    out = []
+    for value in (0, 3e38):
+        values[:, 11] = value
+        out.append(attention(*(t[None] for t in (query.transpose(0, 1), keys, values)), *layout)[0, :8])
+    assert torch.equal(*out)
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("low", [70, 1100])
+def test_scores_of_minus_infinity_have_no_weight(new, low):
+    """Not even where all of a block, or of a part, are."""
+    query, keys, values, *layout = slot([new], [1200], 2, 1, 16, 16, torch.float32)
+    query.fill_(1e30)
+    keys[:, :low], keys[:, low:] = -1e30, 0
+    out = attention(*(t[None] for t in (query.transpose(0, 1), keys, values)), *layout)[0]
+    for i in range(new):
+        torch.testing.assert_close(out[i, 0], values[0, low : 1200 - new + i + 1].mean(0), atol=1e-5, rtol=1e-5)
+
+
 def test_a_row_does_not_depend_on_its_batch_or_on_threads():
     new, total = [1, 1, 40, 3, 1, 200], [900, 3, 40, 700, 64, 230]
     query, keys, values, _, starts, _ = slot(new, total, 6, 2, 32, 32, torch.float32)
@@ -173,6 +217,24 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads():
 def test_nothing_to_do(new, total):
     *qkv, starts = inputs(new, total, HEADS["grouped"])
     assert attention(*qkv, new, starts, total).shape == (1, 0, 6, DIM_V)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_heads_and_no_width(dtype):
+    case = slot([1, 5], [7, 5], 4, 2, 0, 16, dtype)
+    out = attention(*(t[None] for t in (case[0].transpose(0, 1), *case[1:3])), *case[3:])[0]
+    torch.testing.assert_close(out[0, 0], case[2][0, :7].mean(0))  # all scores are 0
+    no_heads = case[0].new_zeros(1, 0, 6, 0), *(t[None] for t in case[1:3])
+    assert attention(*no_heads, *case[3:]).shape == (1, 6, 0, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_options_at_the_ends_of_their_range(dtype):
+    case = slot([1, 70], [9, 70], 2, 1, 16, 16, dtype)
+    four = *(t[None] for t in (case[0].transpose(0, 1), *case[1:3])), *case[3:]
+    assert torch.equal(attention(*four, window=2**63 - 1), attention(*four))
+    flat = attention(*four, softcap=1e-300)[0]  # no score is left
+    torch.testing.assert_close(flat[0, 0], case[2][0, :9].mean(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
@@ -213,6 +275,7 @@ REFUSED = [
     ({"query": GOOD["query"].bfloat16()}, TypeError, "one floating dtype"),
     ({"query": GOOD["query"].long()}, TypeError, "one floating dtype"),
     ({"keys": GOOD["keys"].double()}, TypeError, "one floating dtype"),
+    ({"query": torch.zeros(()), "scale": None}, ValueError, r"query must be \[T, H, D\]"),
     ({"query": GOOD["query"][0]}, ValueError, r"query must be \[T, H, D\]"),
     ({"query": GOOD["query"][:, :3]}, ValueError, "H a multiple of H_kv"),
     ({"query": GOOD["query"][..., :7]}, ValueError, "keys"),

@@ -291,6 +291,17 @@ def test_gradients_of_the_stored_windows():
     gradcheck(torch.ops.drllm_fast.router_windows.default, differentiable(arguments))
 
 
+def test_no_layers_on_stored_windows():
+    pooled, counts, *weights = pooled_case()
+    assert ops.router_windows(pooled[:0], counts, *(w[:0] for w in weights)).shape == (0, 4, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_more_windows_than_memory(dtype):
+    arguments = case([9, 17], 24, 10)
+    check(arguments[0].to(dtype), *arguments[1:], windows=2**62)
+
+
 def test_what_is_pooled_and_stored_gives_the_router_its_logits():
     x, cu_seqlens, *weights, _ = case([5, 0, 31, 8], 21, 10)
     pooled, counts = router_reference.pool_windows(x, cu_seqlens, 8)
@@ -311,6 +322,8 @@ STORED = pooled_case()
         ({1: STORED[1].float()}, TypeError),
         ({1: STORED[1][:3]}, ValueError),
         ({2: STORED[2][:, :9]}, ValueError),
+        ({2: STORED[2][:, 0, 0]}, ValueError),
+        ({4: STORED[4][0, 0, 0]}, ValueError),
         ({5: STORED[5][:, :2]}, ValueError),
         ({5: STORED[5].to("meta")}, ValueError),
     ],

@@ -378,6 +378,7 @@ REFUSED = [
     ("active_tokens", (DECISIONS, int32(1, 2, 4)), ValueError, "cu_seqlens must start at 0"),
     ("active_tokens", (DECISIONS, int32(0, 4, 2)), ValueError, "must not fall"),
     ("active_tokens", (int8(0, 0), int32(0, 4, 2)), ValueError, "must not fall"),
+    ("active_tokens", (int8(0, 0), int32(0, 4, -(2**31))), ValueError, "must not fall"),  # by more than an int32
     ("gather_rows", (X, INDEX.int()), TypeError, "index must be int64, got torch.int32"),
     ("gather_rows", (X, int64(0, 4)), ValueError, "index"),
     ("gather_rows", (X, int64(0, -2)), ValueError, "index"),

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -24,6 +25,8 @@ namespace {
 constexpr int64_t kRowsOfTask = 192;  // queries x heads of a group: keys are packed once for so many
 constexpr int64_t kKeysOfTask = 512;  // of a query that is alone in its row: a long row is shared by threads
 constexpr int64_t kWorkOfThread = 1 << 16;  // products that are worth waking a thread for
+
+constexpr int64_t kNoWindow = int64_t{1} << 31;  // longer than any row, and positions less it are no overflow
 
 struct Parts {  // of the keys of one row, for one group of heads
   AttentionTask task;
@@ -105,8 +108,10 @@ Tensor ragged_attention(const Tensor& query, const Tensor& keys, const Tensor& v
   a.key_head = k.stride(0), a.key_token = k.stride(1);
   a.value_head = v.stride(0), a.value_token = v.stride(1);
   a.heads = heads, a.group = heads / kv_heads, a.dim = dim, a.dim_v = dim_v;
-  a.scale = static_cast<float>(scale), a.softcap = static_cast<float>(softcap.value_or(0));
-  a.window = window.value_or(int64_t{1} << 31);
+  // 0 stands for none, so that a soft cap that is 0 in fp32 must not become it.
+  a.scale = static_cast<float>(scale);
+  a.softcap = softcap ? std::max(static_cast<float>(*softcap), std::numeric_limits<float>::min()) : 0;
+  a.window = std::min(window.value_or(kNoWindow), kNoWindow);
 
   // The order does not depend on the number of threads, and neither do the parts: a row's result is the same bit for
   // bit, whatever it shares a batch with.

@@ -135,6 +135,9 @@ DRLLM_INLINE Floats scores_of(Floats products, const Attention& a) {
   return a.softcap == 0 ? scores * kLog2e : tanh(scores / a.softcap) * (a.softcap * kLog2e);
 }
 
+// What is taken off the scores: the largest, or nothing where all so far are -inf, which less itself would be NaN.
+DRLLM_INLINE float finite_or_zero(float top) { return top == -kInfinity ? 0 : top; }
+
 // acc / l, with the head's sink; out has room for dim elements.
 template <class T>
 DRLLM_INLINE void finish(T* out, const float* acc, float m, float l, const float* sink, int64_t dim) {
@@ -231,7 +234,7 @@ DRLLM_INLINE void prefill_task(const Attention& a, const AttentionTask& task, fl
           top = larger(top, seen);
         }
         const float before = m[r + i], block_top = maximum(top), after = before > block_top ? before : block_top;
-        const float safe = after == -kInfinity ? 0 : after;
+        const float safe = finite_or_zero(after);
         rescale[i] = exp2(broadcast(before - safe))[0];
         Floats added{};
         for (int j = 0; j < vectors; ++j) {
@@ -346,10 +349,11 @@ DRLLM_INLINE void decode_heads(const Attention& a, const AttentionTask& task, in
       for (int j = 1; j < vectors; ++j) top = larger(top, load(row + j * kLanes));
       const float before = m[h], block_top = maximum(top);
       m[h] = before > block_top ? before : block_top;
-      rescale[h] = exp2(broadcast(before - m[h]))[0];
+      const float safe = finite_or_zero(m[h]);
+      rescale[h] = exp2(broadcast(before - safe))[0];
       Floats added{};
       for (int j = 0; j < vectors; ++j) {
-        const Floats p = exp2(load(row + j * kLanes) - m[h]);
+        const Floats p = exp2(load(row + j * kLanes) - safe);
         added += p;
         store(row + j * kLanes, p);
       }
@@ -406,7 +410,8 @@ DRLLM_INLINE void join_parts(const Attention& a, const AttentionTask& task, floa
     for (int64_t part = 1; part < parts; ++part) {
       const float* from = to + part * a.group * size;
       const float top = to[a.dim_v] > from[a.dim_v] ? to[a.dim_v] : from[a.dim_v];
-      const float mine = exp2(broadcast(to[a.dim_v] - top))[0], theirs = exp2(broadcast(from[a.dim_v] - top))[0];
+      const float safe = finite_or_zero(top);
+      const float mine = exp2(broadcast(to[a.dim_v] - safe))[0], theirs = exp2(broadcast(from[a.dim_v] - safe))[0];
       for (int64_t d = 0; d < a.dim_v; ++d) to[d] = to[d] * mine + from[d] * theirs;
       to[a.dim_v] = top;
       to[a.dim_v + 1] = to[a.dim_v + 1] * mine + from[a.dim_v + 1] * theirs;

@@ -65,10 +65,10 @@ DRLLM_INLINE float maximum(Floats v) {
   return lanes[0];
 }
 
-// 2^x within 2 ulp for x <= 127, and 0 below -126. Cody-Waite: 2^x = 2^n 2^f, |f| <= 1/2, and the Taylor series of 2^f,
+// 2^x within 2 ulp for x <= 127, 0 below -126, and NaN of NaN. Cody-Waite: 2^x = 2^n 2^f, |f| <= 1/2, and the Taylor series of 2^f,
 // whose first term left out is (f ln 2)^7 / 7! < 1.2e-7 / 2.
 DRLLM_INLINE Floats exp2(Floats x) {
-  const Floats clamped = larger(x, broadcast(-126.0f));
+  const Floats clamped = larger(broadcast(-126.0f), x);  // in this order a NaN stays
   const Floats shifted = clamped + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, which is then in the low bits
   const Floats f = clamped - (shifted - 12582912.0f);
   Floats power = broadcast(1.5403530393e-4f);
