@@ -141,8 +141,12 @@ class RoutedCache(DynamicCache):
     def advance(self, lengths: list[int], columns: int, real: Tensor | None) -> None:
         """Commit a forward: its tokens are in the slots."""
         if real is not None or self.real is not None:
-            old = torch.ones(len(lengths), self.columns, dtype=torch.bool) if self.real is None else self.real
-            new = torch.ones(len(lengths), columns, dtype=torch.bool) if real is None else real.cpu()
+            old = (
+                torch.ones(len(lengths), self.columns, dtype=torch.bool, device="cpu")
+                if self.real is None
+                else self.real
+            )
+            new = torch.ones(len(lengths), columns, dtype=torch.bool, device="cpu") if real is None else real.cpu()
             self.real = torch.cat([old, new], dim=1)
         past = self.lengths or [0] * len(lengths)
         self.lengths = [p + n for p, n in zip(past, lengths, strict=True)]
@@ -262,7 +266,7 @@ class RoutedCache(DynamicCache):
         """Keep the rows `indices` (numbers, or one bool a row), in that order; with none, the cache is empty again."""
         if self.lengths:
             given = indices.cpu() if isinstance(indices, Tensor) else list(indices)
-            self._take(torch.arange(len(self.lengths))[given].tolist())
+            self._take(torch.arange(len(self.lengths), device="cpu")[given].tolist())
 
     def _take(self, sources: list[int]) -> None:
         if sources == list(range(len(self.lengths))):

@@ -50,7 +50,9 @@ class Tally:
 
     def stats(self, windows: list[int]) -> RoutingStats:
         numbers = (self.tokens, self.cached, self.layer_rows, self.layer_tokens, self.bytes_per_token, windows)
-        tokens, cached, rows, visited, size, window = (torch.tensor(n, dtype=torch.int64) for n in numbers)
+        tokens, cached, rows, visited, size, window = (
+            torch.tensor(n, dtype=torch.int64, device="cpu") for n in numbers
+        )
         return RoutingStats(
             plan=self.plan.clone(),  # the cache goes by this one
             tokens=tokens,
