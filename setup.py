@@ -33,8 +33,9 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-w
 SANITIZE = SANITIZE if os.environ.get("DRLLM_FAST_SANITIZE") == "1" else []
 CUDA_CXX_FLAGS = [*CXX_FLAGS, "-DUSE_CUDA"]  # without which torch's headers leave its stream out
 NVCC_FLAGS = ["-O3"]
-# Ampere, Hopper, Blackwell; and code that a driver can compile for what comes after them.
+# Ampere, Hopper, Blackwell (from CUDA 12.8 on); and code that a driver can compile for what comes after them.
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+OLD_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
 class CannotCompile(Exception):
@@ -66,9 +67,12 @@ def cuda_home():
 
 
 def cuda_extension():
+    import torch
     from torch.utils.cpp_extension import CUDAExtension
 
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
+    architectures = CUDA_ARCHITECTURES if version >= (12, 8) else OLD_CUDA_ARCHITECTURES
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
     return CUDAExtension(
         "drllm_fast._C_cuda",
         ["csrc/cuda/ops.cpp", *sorted(glob("csrc/cuda/*.cu"))],

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drllm_fast.registration import check_integer
+
 
 def check_attention(
     query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks
@@ -50,8 +52,10 @@ def check_attention(
     for name, tensor in {**floating, **layout, "sinks": sinks}.items():
         if tensor is not None and tensor.device != query.device:
             raise ValueError(f"query is on {query.device}, {name} on {tensor.device}; move one of them")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+    check_integer("max_query", max_query, 0)
+    check_integer("max_length", max_length, 0)
+    if window is not None:
+        check_integer("window", window, 1)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above 0, got {softcap}")
     if not math.isfinite(scale):

@@ -1,12 +1,13 @@
 """What this installation is made of: versions, what is compiled, and which implementation each op runs, and why."""
 
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from drllm_fast import ops, planner, planner_reference, registration
+from drllm_fast import ops, planner, planner_reference, registration, varlen
 
 RELATED = ("torch", "transformers", "triton")
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -16,7 +17,9 @@ def build_info() -> dict[str, Any]:
     """As plain data, fit for JSON:
 
     versions   of drllm-fast, Python, torch, transformers and triton; None for what is not installed
-    cuda       the CUDA version torch was built for, or None, and the device, or None
+    cuda       the CUDA version torch was built for, or None; the device, or None; the file of drllm_fast._C_cuda, or
+               None; and what torch's own varlen_attn takes, to which `ragged_attention` leaves packed prompts where
+               that is enough (see `drllm_fast.varlen`)
     extension  whether drllm_fast._C is loaded, its facts, and the reason if it is not; instruction_set is what the CPU
                kernels run with: baseline, avx2, avx512 or avx512bf16, the best there is or DRLLM_FAST_ISA
     planner    the implementation that runs, and why
@@ -31,6 +34,8 @@ def build_info() -> dict[str, Any]:
         "cuda": {
             "torch_built_for": torch.version.cuda,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "extension": None if ops.CUDA_EXTENSION_ERROR else sys.modules["drllm_fast._C_cuda"].__file__,
+            "varlen_attn": sorted(varlen.parameters()),
         },
         "extension": _extension(),
         "planner": _planner(),
@@ -66,8 +71,12 @@ def _extension() -> dict[str, Any]:
     if error is None:
         from drllm_fast import _C
 
+        try:
+            instruction_set = _C.isa()
+        except ValueError as wrong:  # an op would raise it too
+            instruction_set = str(wrong)
         facts = {name: getattr(_C, name) for name in ("backends", "built_with_torch", "compiler")}
-        return {"loaded": True, "why_not": None, "file": _C.__file__, "instruction_set": _C.isa(), **facts}
+        return {"loaded": True, "why_not": None, "file": _C.__file__, "instruction_set": instruction_set, **facts}
     missing = isinstance(error, ModuleNotFoundError) and error.name == "drllm_fast._C"
     why_not = "not compiled" if missing else f"compiled, but it cannot be loaded: {error}"
     return {"loaded": False, "why_not": why_not, "file": error.path}
@@ -105,6 +114,8 @@ def _implementation(op: str, device: str) -> dict[str, str]:
         return {"implementation": "reference", "why": "the extension is not loaded"}
     if device == "cuda" and op in registration.TRITON_OPS:
         return {"implementation": "reference", "why": registration.NO_TRITON}
+    if op == "router_windows":
+        return {"implementation": "reference", "why": "a product of matrices, which is the vendor's"}
     if device == "cuda" and ops.CUDA_EXTENSION_ERROR is not None:
         why = f"the CUDA extension is not loaded: {ops.CUDA_EXTENSION_ERROR}"
         return {"implementation": "reference", "why": why}

@@ -141,12 +141,9 @@ class RoutedCache(DynamicCache):
     def advance(self, lengths: list[int], columns: int, real: Tensor | None) -> None:
         """Commit a forward: its tokens are in the slots."""
         if real is not None or self.real is not None:
-            old = (
-                torch.ones(len(lengths), self.columns, dtype=torch.bool, device="cpu")
-                if self.real is None
-                else self.real
-            )
-            new = torch.ones(len(lengths), columns, dtype=torch.bool, device="cpu") if real is None else real.cpu()
+            every = torch.ones(len(lengths), self.columns + columns, dtype=torch.bool, device="cpu")
+            old = every[:, : self.columns] if self.real is None else self.real
+            new = every[:, self.columns :] if real is None else real.cpu()
             self.real = torch.cat([old, new], dim=1)
         past = self.lengths or [0] * len(lengths)
         self.lengths = [p + n for p, n in zip(past, lengths, strict=True)]

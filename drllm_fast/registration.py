@@ -33,10 +33,10 @@ def triton_kernel(name: str, function: Callable) -> None:
         impl(f"drllm_fast::{name}", "CUDA", function)
 
 
-def check_integer(name: str, value: object, least: int) -> None:
+def check_integer(name: str, value: object, least: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
+    if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drllm_fast.registration import check_integer
+
 CLASSES = 3
 SKIP, EXECUTE, REPEAT = range(CLASSES)
 
@@ -39,8 +41,7 @@ def check_router(
     _check_weights([], x.shape[1], w1, b1, w2, b2)
     if cost.shape != (CLASSES,):
         raise ValueError(f"cost must be [{CLASSES}], got {list(cost.shape)}")
-    if windows < 1:
-        raise ValueError(f"windows must be at least 1, got {windows}")
+    check_integer("windows", windows, 1)
     _check_devices(x, {**named, "cu_seqlens": cu_seqlens})
 
 
@@ -98,8 +99,7 @@ def pool_windows(hidden: Tensor, cu_seqlens: Tensor, windows: int) -> tuple[Tens
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or not len(cu_seqlens):
         raise ValueError(f"cu_seqlens must be [B + 1], got {list(cu_seqlens.shape)}")
-    if windows < 1:
-        raise ValueError(f"windows must be at least 1, got {windows}")
+    check_integer("windows", windows, 1)
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != len(hidden) or any(start > end for start, end in pairwise(ends)):
         raise ValueError(f"cu_seqlens must rise from 0 to the {len(hidden)} tokens of hidden, got {ends}")

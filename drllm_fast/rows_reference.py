@@ -18,6 +18,8 @@ import math
 import torch
 from torch import Tensor
 
+from drllm_fast.registration import check_integer
+
 DECISIONS = range(0, 128)  # what `at_least` may be: the non-negative part of int8
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what can be added and normed
 
@@ -25,6 +27,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what c
 def check_active(decisions: Tensor, cu_seqlens: Tensor, at_least: int) -> None:
     """Raises TypeError or ValueError unless decisions is int8 [B], cu_seqlens int32 [B + 1] on the same device."""
     _check_decisions(decisions, cu_seqlens)
+    check_integer("at_least", at_least)
     if at_least not in DECISIONS:
         raise ValueError(f"at_least must be from {DECISIONS[0]} to {DECISIONS[-1]}, got {at_least}")
 
@@ -32,8 +35,7 @@ def check_active(decisions: Tensor, cu_seqlens: Tensor, at_least: int) -> None:
 def check_visits(decisions: Tensor, cu_seqlens: Tensor, tokens: int) -> None:
     """Raises TypeError or ValueError unless decisions is int8 [B], cu_seqlens int32 [B + 1] and tokens not negative."""
     _check_decisions(decisions, cu_seqlens)
-    if tokens < 0:
-        raise ValueError(f"tokens must be at least cu_seqlens[-1], got {tokens}")
+    check_integer("tokens", tokens, 0)
 
 
 def check_rows(x: Tensor, index: Tensor, y: Tensor | None = None) -> None:

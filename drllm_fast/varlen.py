@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @cache
-def _parameters() -> frozenset[str]:
+def parameters() -> frozenset[str]:
     """Names of what varlen_attn takes; empty where there is none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -36,7 +36,7 @@ def offers(
 ) -> bool:
     """Whether varlen_attn computes this: query [T, H, D], keys [H_kv, N, D], values [H_kv, N, D_v], rows of at most
     max_query tokens."""
-    takes, dim = _parameters(), query.shape[2]
+    takes, dim = parameters(), query.shape[2]
     windowed = window is not None and window < max_query
     if softcap is not None or sinks is not None or query.dtype not in (torch.bfloat16, torch.float16):
         return False
@@ -63,7 +63,7 @@ def packed_attention(
     """What `offers` has said yes to: [T, H, D_v]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    takes, given = _parameters(), {}
+    takes, given = parameters(), {}
     if "window_size" in takes:  # how many keys before and after itself a query sees; -1 for all
         given["window_size"] = (-1 if window is None or window >= max_query else window - 1, 0)
     else:

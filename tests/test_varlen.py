@@ -76,11 +76,11 @@ def offered(monkeypatch):
             monkeypatch.delattr(torch_varlen, "varlen_attn")
         else:
             monkeypatch.setattr(torch_varlen, "varlen_attn", form)
-        varlen._parameters.cache_clear()
+        varlen.parameters.cache_clear()
 
     yield offer
     monkeypatch.undo()
-    varlen._parameters.cache_clear()
+    varlen.parameters.cache_clear()
 
 
 @pytest.mark.parametrize("form", [None, *FORMS], ids=lambda form: getattr(form, "__name__", "none"))
@@ -127,6 +127,6 @@ def test_what_flash_attention_cannot_read(offered):
 
 def test_the_installed_torch():
     """Whether this torch's varlen_attn still has the arguments that are looked for."""
-    takes = varlen._parameters()
+    takes = varlen.parameters()
     assert {"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"} <= takes
     assert {"window_size", "is_causal"} & takes
