@@ -2,12 +2,15 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+for missing in os.environ.get("DRLLM_FAST_TESTS_WITHOUT", "").split():  # see test_without.py
+    sys.modules[missing] = None
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # Triton reads this once, when it is imported: without a device its interpreter runs the kernels.
 if not torch.cuda.is_available():
-    assert "triton" not in sys.modules
+    assert sys.modules.get("triton") is None
     os.environ["TRITON_INTERPRET"] = "1"
 
 sys.path.insert(0, str(Path(__file__).parent))
