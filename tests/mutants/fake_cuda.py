@@ -69,12 +69,6 @@ MUTANTS = [
         "if False:  # one copy",
         f"{TEST} -k routers",
     ),
-    (  # the knob copies a number to the device
-        "drllm_fast/routers.py",
-        "certain.select(-1, one_class).fill_(1)",
-        "certain.index_fill_(-1, torch.tensor(one_class, device=logits.device), 1)",
-        f"{TEST} -k routers",
-    ),
     (  # attention row by row
         "drllm_fast/attention.py",
         "if dropout or not attention_has_kernel(",
@@ -82,7 +76,7 @@ MUTANTS = [
         f"{TEST} -k loop_over_no_rows",
     ),
     (  # the op's fake has another shape than the op
-        "drllm_fast/ops.py",
+        "drllm_fast/attention_ops.py",
         "query.new_empty(*query.shape[:2], values.shape[2])",
         "query.new_empty(*query.shape[1::-1], values.shape[2])",
         f"{TEST} -k loop_over_no_rows",
