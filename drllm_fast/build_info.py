@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from drllm_fast import ops, planner, planner_reference, registration, varlen
+from drllm_fast import ops, planner, planner_reference, registration
 
 RELATED = ("torch", "transformers", "triton")
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -25,6 +25,8 @@ def build_info() -> dict[str, Any]:
     planner    the implementation that runs, and why
     ops        for each op and device the implementation that runs, and why
     """
+    from drllm_fast import varlen
+
     return {
         "versions": {
             "drllm-fast": _version("drllm-fast"),

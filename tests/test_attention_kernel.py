@@ -276,11 +276,12 @@ def test_what_runs_on_cuda(monkeypatch):
     monkeypatch.setattr(varlen, "packed_attention", lambda *args: ran.append(("varlen", args)))
     takes = []
     monkeypatch.setattr(varlen, "offers", lambda *args: takes.append(args) or args[3] == 2)
-    query, keys, values, cu_seqlens, starts, lengths = (torch.empty(n) for n in range(6))
+    query, keys, values = torch.zeros(3, 2, 8), torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)
+    cu_seqlens, starts, lengths = (torch.tensor(x, dtype=torch.int32) for x in ([0, 3], [0], [3]))
     layout = (cu_seqlens, starts, lengths)
 
     def run(query, *rest, packed):
-        attention_ops.ragged_attention_cuda(query, keys, values, *layout, *rest, packed)
+        attention_ops.ragged_attention_cuda(query, *(t.to(query.dtype) for t in (keys, values)), *layout, *rest, packed)
         return ran.pop()
 
     rest = (2, 3, 0.5, 4, 0.25, None)

@@ -1,5 +1,6 @@
 """The command line on a tiny random Llama, and the demo on the real SmolLM2."""
 
+import contextlib
 import json
 import os
 import re
@@ -374,9 +375,13 @@ def test_ctrl_c_in_the_middle(tiny, tmp_path):
     )
     try:
         assert process.stdout.readline() == "begun\n"
-        time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        # Pressed again where need be: Python drops an interrupt that falls into a destructor or an import's lock.
+        for _ in range(10):
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                _, err = process.communicate(timeout=5)
+                break
     finally:
         process.kill()
     assert process.returncode == 130, err
