@@ -48,10 +48,18 @@ def ragged_attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.ndim and query.shape[-1] else 1.0
     arguments = (query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks)
+    if not attention_has_kernel(query, keys, values, sinks):
+        check(check_attention, *arguments)
+        return attention_reference.ragged_attention(*arguments, packed)
+    if all(t.is_cpu for t in (query, keys, sinks) if t is not None) and not torch.compiler.is_compiling():
+        try:
+            return torch.ops.drllm_fast.ragged_attention(*arguments, packed)
+        except (RuntimeError, ValueError) as refused:  # by the kernel, which checks for itself: twice takes longer
+            error = refused
+        check_attention(*arguments)
+        raise error
     check(check_attention, *arguments)
-    if attention_has_kernel(query, keys, values, sinks):
-        return torch.ops.drllm_fast.ragged_attention(*arguments, packed)
-    return attention_reference.ragged_attention(*arguments)
+    return torch.ops.drllm_fast.ragged_attention(*arguments, packed)
 
 
 def attention_has_kernel(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None = None) -> bool:

@@ -60,6 +60,8 @@ Tensor ragged_attention(const Tensor& query, const Tensor& keys, const Tensor& v
   check_value(keys.size(2) == dim && values.size(0) == kv_heads && values.size(1) == size && kv_heads > 0 &&
                   heads % kv_heads == 0,
               "query must be [T, H, D], keys [H_kv, N, D] and values [H_kv, N, D_v], H a multiple of H_kv");
+  check_value(max_query >= 0 && max_length >= 0, "max_query and max_length must be at least 0, got ", max_query, " and ",
+              max_length);
   check_value(std::isfinite(scale), "scale must be finite, got ", scale);
   check_value(!window || *window >= 1, "window must be at least 1, got ", window.value_or(0));
   check_value(!softcap || *softcap > 0, "softcap must be above 0, got ", softcap.value_or(0));
@@ -88,6 +90,7 @@ Tensor ragged_attention(const Tensor& query, const Tensor& keys, const Tensor& v
   }
   std::vector<float> sink_scores;
   if (sinks) {
+    check_type(is_floating(*sinks), "sinks must be floating");
     check_value(sinks->dim() == 1 && sinks->size(0) == heads && sinks->is_cpu(), "sinks must be [", heads,
                 "], on the CPU");
     const Tensor given = torch::stable::contiguous(torch::stable::to(*sinks, ScalarType::Float));

@@ -25,12 +25,9 @@ Tensor as_floats(const char* name, const Tensor& t, std::initializer_list<int64_
   bool fits = t.dim() == static_cast<int64_t>(shape.size()) && t.is_cpu();
   for (int64_t i = 0; fits && i < t.dim(); ++i) fits = t.size(i) == shape.begin()[i];
   check_value(fits, "w1, b1, w2, b2 and cost must be [h, d], [h], [3, h], [3] and [3], on the CPU; not so ", name);
-  const ScalarType type = t.scalar_type();
-  check_type(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
-                 type == ScalarType::BFloat16,
-             name, " must be floating");
+  check_type(is_floating(t), name, " must be floating");
   const Tensor dense = as_contiguous(t);
-  return type == ScalarType::Float ? dense : torch::stable::to(dense, ScalarType::Float);
+  return t.scalar_type() == ScalarType::Float ? dense : torch::stable::to(dense, ScalarType::Float);
 }
 
 }  // namespace
