@@ -45,6 +45,9 @@ def ragged_attention(
     everywhere and for fp16 on the CPU.
     Raises TypeError or ValueError.
     """
+    for given in (query, keys, values, cu_seqlens, starts, lengths, *([] if sinks is None else [sinks])):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"all but the options must be tensors, got {given!r:.80}")
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.ndim and query.shape[-1] else 1.0
     arguments = (query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks)
