@@ -5,7 +5,7 @@ difference between them. In a race, every round runs every implementation once, 
 to pytest-benchmark: its tables, its JSON and its comparisons work as they always do.
 
 Beside each time stand the bytes and the FLOPs that the work takes at least, and which share of this machine's ceilings
-that is: of the bandwidth of copying and of the rate of multiplying matrices, measured in the same session.
+that is: of the bandwidth of copying and of the rate of multiplying matrices, measured in the same run.
 """
 
 import functools
