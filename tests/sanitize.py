@@ -33,7 +33,7 @@ PLANTED = [
         OVERFLOW,
     ),
     (  # one key behind the last
-        "csrc/cpu/attention_kernel.h",
+        "csrc/cpu/attention_decode.h",
         "smaller(j * kLanes + i, count - 1)",
         "smaller(j * kLanes + i, count)",
         "x = torch.ones(1, 3, 16); "

@@ -1,8 +1,8 @@
 """The op `ragged_attention` as the dispatcher runs it: C++ on the CPU where it is compiled.
 
 Against the loops of attention_cases.py where shapes are small, and against dense fp64 where they come from what
-csrc/cpu/attention_kernel.h counts in: 4, 8 or 16 lanes, products of 6 rows, blocks of 64 keys, tasks of 192 queries x
-heads, parts of 512 keys of a query that is alone in its row.
+csrc/cpu/attention_prefill.h and attention_decode.h count in: 4, 8 or 16 lanes, products of 6 rows, blocks of 64 keys,
+tasks of 192 queries x heads, parts of 512 keys of a query that is alone in its row.
 """
 
 from itertools import accumulate

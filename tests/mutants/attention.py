@@ -1,6 +1,7 @@
 """Mutants of attention on the CPU."""
 
 CPP, KERNEL, SIMD = "csrc/cpu/attention.cpp", "csrc/cpu/attention_kernel.h", "csrc/cpu/simd.h"
+PREFILL, DECODE = "csrc/cpu/attention_prefill.h", "csrc/cpu/attention_decode.h"
 TESTS = "tests/test_attention_op.py"
 
 MUTANTS = [
@@ -15,12 +16,12 @@ MUTANTS = [
         TESTS,
     ),
     # masks, rescaling, sinks, tails of many queries
-    (KERNEL, "(key <= end) & (key > begin)", "(key <= end)", TESTS),
-    (KERNEL, "l[r + i] = l[r + i] * rescale[i] + sum(added);", "l[r + i] += sum(added);", TESTS),
-    (KERNEL, "if (at * 2 + i < size) bits |=", "if (at * 2 < size) bits |=", TESTS),
-    (KERNEL, "half < 2 && key + half < count; ++half", "half < 2; ++half", TESTS),
+    (PREFILL, "(key <= end) & (key > begin)", "(key <= end)", TESTS),
+    (PREFILL, "l[r + i] = l[r + i] * rescale[i] + sum(added);", "l[r + i] += sum(added);", TESTS),
+    (PREFILL, "if (at * 2 + i < size) bits |=", "if (at * 2 < size) bits |=", TESTS),
+    (PREFILL, "half < 2 && key + half < count; ++half", "half < 2; ++half", TESTS),
     # one query
-    (KERNEL, "key < static_cast<int32_t>(count) ? s : broadcast(-kInfinity)", "s", TESTS),
+    (DECODE, "key < static_cast<int32_t>(count) ? s : broadcast(-kInfinity)", "s", TESTS),
     (
         KERNEL,
         "to[a.dim_v + 1] = to[a.dim_v + 1] * mine + from[a.dim_v + 1] * theirs;",
