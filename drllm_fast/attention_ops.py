@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from drllm_fast import attention_reference
+from drllm_fast import attention_reference, registration
 from drllm_fast.attention_reference import check_attention
 from drllm_fast.registration import check, define_op, triton_kernel
 
@@ -54,7 +54,8 @@ def ragged_attention(
     if not attention_has_kernel(query, keys, values, sinks):
         check(check_attention, *arguments)
         return attention_reference.ragged_attention(*arguments, packed)
-    if all(t.is_cpu for t in (query, keys, sinks) if t is not None) and not torch.compiler.is_compiling():
+    on_cpu = registration.cpu_kernels and all(t.is_cpu for t in (query, keys, sinks) if t is not None)
+    if on_cpu and not torch.compiler.is_compiling():
         try:
             return torch.ops.drllm_fast.ragged_attention(*arguments, packed)
         except (RuntimeError, ValueError) as refused:  # by the kernel, which checks for itself: twice takes longer

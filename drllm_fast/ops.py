@@ -3,6 +3,7 @@ schemas; here the compiled kernels are loaded in front of the references."""
 
 import torch
 
+from drllm_fast import registration
 from drllm_fast.attention_ops import ragged_attention
 from drllm_fast.router_ops import router, router_windows
 from drllm_fast.rows_ops import (
@@ -31,6 +32,8 @@ CUDA_EXTENSION_ERROR: ImportError | None = None  # the same for drllm_fast._C_cu
 
 try:
     import drllm_fast._C  # noqa: F401  registers the CPU kernels
+
+    registration.cpu_kernels = True
 except ImportError as error:
     EXTENSION_ERROR = error
 try:

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 import torch
 from torch.library import define, impl
 
+# Whether drllm_fast._C is loaded: its kernels check all of their input, so that Python need not do it first.
+cpu_kernels = False
 TRITON_OPS: list[str] = []  # which ops have a Triton kernel
 # Why those kernels are not registered; None when they are.
 NO_TRITON = (

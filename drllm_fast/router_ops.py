@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from drllm_fast import router_reference
+from drllm_fast import registration, router_reference
 from drllm_fast.registration import check, define_op, triton_kernel
 from drllm_fast.router_reference import check_router, check_router_windows
 
@@ -35,7 +35,14 @@ def router(
     """
     cost = torch.zeros_like(b2) if cost is None else cost
     arguments = (x, cu_seqlens, w1, b1, w2, b2, cost, windows)
-    if x.is_cpu and w1.is_cpu and cost.is_cpu and x.dtype != torch.float64 and not torch.compiler.is_compiling():
+    if (
+        registration.cpu_kernels
+        and x.is_cpu
+        and w1.is_cpu
+        and cost.is_cpu
+        and x.dtype != torch.float64
+        and not torch.compiler.is_compiling()
+    ):
         try:
             return torch.ops.drllm_fast.router(*arguments)
         except (RuntimeError, ValueError) as refused:  # by the kernel, which checks for itself: twice takes longer

@@ -224,8 +224,8 @@ def test_refusals(change, error, message):
     arguments = [change.get(i, t) for i, t in enumerate(GOOD)]
     with pytest.raises(error, match=message):
         ops.router(*arguments[:6], cost=arguments[6], windows=change.get("windows", 8))
-    if any(isinstance(t, torch.Tensor) and (t.is_meta or t.shape == (6, 5)) for t in change.values()):
-        return  # would be faked; integer weights do no harm
+    if ops.EXTENSION_ERROR or any(isinstance(t, torch.Tensor) and t.is_meta for t in change.values()):
+        return  # there is no kernel; the call would be faked
     with pytest.raises((error, ValueError, RuntimeError)):  # the kernel checks for itself
         torch.ops.drllm_fast.router(*arguments, change.get("windows", 8))
 
