@@ -90,6 +90,8 @@ define_op(
 def _(
     query, keys, values, cu_seqlens, starts, lengths, max_query, max_length, scale, window, softcap, sinks, packed=False
 ):
+    for other in (keys, values, cu_seqlens, starts, lengths):
+        torch._check(other.device == query.device)
     torch._check(keys.shape[2] == query.shape[2])
     torch._check(values.shape[0] == keys.shape[0])
     torch._check(values.shape[1] == keys.shape[1])

@@ -83,6 +83,8 @@ define_op(
 @register_fake("drllm_fast::router")
 def _(x, cu_seqlens, w1, b1, w2, b2, cost, windows):
     h, d = w1.shape
+    for other in (cu_seqlens, w1, b1, w2, b2, cost):
+        torch._check(other.device == x.device)
     for shape, expected in (
         (x.shape[1:], (d,)),
         (b1.shape, (h,)),
