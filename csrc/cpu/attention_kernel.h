@@ -6,7 +6,6 @@
 
 #if defined(DRLLM_DOT_BF16)
 // bf16 is multiplied as it is, two products at a time, into fp32.
-typedef __m512bh Pairs;
 DRLLM_INLINE Floats dot(Floats to, const BFloat16* a, Floats b) {
   uint32_t pair;
   __builtin_memcpy(&pair, a, sizeof pair);
