@@ -1,0 +1,1 @@
+"""Finding good layer paths: evaluator, search, tasks, store."""
