@@ -86,19 +86,7 @@ def forward_attention(
         )
     if is_causal is False:
         raise NotImplementedError("is_causal=False: a routed model attends causally; use `model.routing.disabled()`")
-    visit = forward.visit
-    visit.attended = True
-    new, past, slot = visit.rows.lengths, visit.past, visit.slot
-    if slot is None:  # no cache: the keys are those of this forward
-        starts, total = visit.offsets(), new
-    else:
-        if key is not visit.keys or value is not visit.values:
-            raise NotImplementedError(
-                f"{type(module).__name__} changes keys or values between the cache and the attention, which dynamic "
-                "routing does not support; run this model inside `with model.routing.disabled():`"
-            )
-        key, value, starts = slot.keys, slot.values, slot.starts
-        total = slot.held(past, new)
+    key, value, new, starts, total = forward.attended(module, key, value)
     if dropout or not attention_has_kernel(query, key, value, s_aux):
         return attend_rows(
             query, key, value, new, starts, total,

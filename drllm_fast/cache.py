@@ -156,13 +156,7 @@ class RoutedCache(DynamicCache):
                 "this cache was filled by a routed model and can only be used by it while routing is on; "
                 "start the dense model (or another model) with a new cache"
             )
-        visit = forward.visit
-        layer = self.layers[visit.layer]
-        slot = layer.slots[visit.number]
-        visit.slot = slot.write(
-            key_states, value_states, visit.past, visit.rows.lengths, layer.keep, forward.packed.tables
-        )
-        visit.keys, visit.values = key_states, value_states
+        forward.store(self, key_states, value_states)
         return key_states, value_states
 
     def bytes_per_token(self) -> list[int]:

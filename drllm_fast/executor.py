@@ -42,6 +42,8 @@ class RoutedForward:
     """The state of one forward of the base model. A layer calls `run_layer`; the cache and the attention function
     find the visit that is running in `visit`."""
 
+    takes_base = False  # `base_forward` packs and unpacks
+
     def __init__(
         self,
         owner: object,
@@ -145,6 +147,29 @@ class RoutedForward:
                         starts, total = slot.starts, slot.held(past, new)
                 for table in _layout_tables(new, starts, total):
                     self.packed.tables.add(*table)
+
+    def store(self, cache: RoutedCache, keys: Tensor, values: Tensor) -> None:
+        """The cache's update: keys and values [1, heads, T', head_dim] of the visit that is running."""
+        visit = self.visit
+        layer = cache.layers[visit.layer]
+        slot = layer.slots[visit.number]
+        visit.slot = slot.write(keys, values, visit.past, visit.rows.lengths, layer.keep, self.packed.tables)
+        visit.keys, visit.values = keys, values
+
+    def attended(self, module: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, list, list, list]:
+        """The keys and values that the visit that is running attends to, and for each of its rows the new tokens, where
+        the row's keys start and how many they are."""
+        visit = self.visit
+        visit.attended = True
+        new, slot = visit.rows.lengths, visit.slot
+        if slot is None:  # no cache: the keys are those of this forward
+            return keys, values, new, visit.offsets(), new
+        if keys is not visit.keys or values is not visit.values:
+            raise NotImplementedError(
+                f"{type(module).__name__} changes keys or values between the cache and the attention, which dynamic "
+                "routing does not support; run this model inside `with model.routing.disabled():`"
+            )
+        return slot.keys, slot.values, new, slot.starts, slot.held(visit.past, new)
 
     def key_layout(self, new: list[int], starts: list[int], total: list[int], device: torch.device) -> tuple:
         """cu_seqlens, starts, lengths, max_query and max_length of `ops.ragged_attention`, and whether it is `packed`;

@@ -252,7 +252,7 @@ def _states(decoder: Any, prompts: list[Tensor], removed: Sequence[int]) -> dict
         x = _entering(args, kwargs)
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
-    with _evaluating(decoder), torch.no_grad():
+    with evaluating(decoder), torch.no_grad():
         handles = []
         try:
             for block, layer in enumerate(decoder.layers):
@@ -271,7 +271,7 @@ def _entering(args: tuple, kwargs: dict) -> Tensor:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; each submodule gets its own mode back, for they may differ."""
     modes = {m: m.training for m in module.modules()}
     module.eval()

@@ -55,6 +55,10 @@ class KVSlot:
         self.values.index_copy_(2, index, v)
         return self
 
+    def hold(self, keys: Tensor, values: Tensor, lengths: list[int]) -> None:
+        """Whole rows of these lengths end to end, instead of what was here."""
+        self._hold(keys, values, lengths, first=[0] * len(lengths))
+
     def held(self, past: list[int], new: list[int]) -> list[int]:
         """How many keys each row has here once its new tokens are written."""
         return [p + n - f for p, n, f in zip(past, new, self.first, strict=True)]

@@ -44,6 +44,9 @@ def routed_base(original: type) -> dict:
             if twice := given.keys() & kwargs.keys():
                 raise TypeError(f"{type(self).__name__}.forward() got multiple values for {', '.join(sorted(twice))}")
             kwargs = {**given, **kwargs}
+        run = ACTIVE.get()
+        if run is not None and run.takes_base and run.owner is self._drllm_routing:
+            return run.run_base(functools.partial(original.forward, self), **kwargs)
         return base_forward(self._drllm_routing, self, functools.partial(original.forward, self), **kwargs)
 
     return {"forward": forward, "routing": property(lambda self: self._drllm_routing)}

@@ -1,0 +1,360 @@
+"""Scoring many layer paths of a prompt at once, exactly: what paths share is run once.
+
+A forward is a tree of path prefixes (`path_tree`), its rows are trees of tokens (`token_trie`), and the states it leaves
+behind serve the next one (`prefix_store`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drllm_fast.active import ACTIVE
+from drllm_fast.attention import NO_MASK
+from drllm_fast.base_forward import name_of_cache
+from drllm_fast.cache import RoutedCache
+from drllm_fast.decoder import routable_decoder, unwrap
+from drllm_fast.enable import disable_dynamic_routing, enable_dynamic_routing
+from drllm_fast.influence import evaluating
+from drllm_fast.policies import as_plan, check_length
+from drllm_fast.search.path_tree import PathTree, Prefix
+from drllm_fast.search.paths import LayerPath, visits
+from drllm_fast.search.prefix_store import PrefixStore
+from drllm_fast.search.token_trie import TokenTrie
+from drllm_fast.search.tokens import encode_pair, encode_prompt
+from drllm_fast.search.tree_decode import decode, fill_cache
+from drllm_fast.search.tree_forward import TreeForward
+from drllm_fast.settings import changed
+
+# Prompts whose tokens, and whose place in the store, are remembered.
+PROMPTS = 256
+
+
+@dataclass
+class EvaluatorStats:
+    """Counted over the life of an evaluator. A visit is one block run for one prompt under one path.
+
+    paths         paths scored or decoded
+    forwards      forwards of the model that prefilled them
+    visits        visits run
+    visits_alone  visits of the same paths run one by one
+    restored      path prefixes taken from the store
+    """
+
+    paths: int = 0
+    forwards: int = 0
+    visits: int = 0
+    visits_alone: int = 0
+    restored: int = 0
+
+
+class _Prompt:
+    """The tokens of a prompt: its trie, and what is to be predicted where.
+
+    at       numbers of the trie's tokens whose predictions are wanted, each once
+    targets  (index into `at`, token id, choice) of each token of each choice
+    """
+
+    def __init__(self, pairs: Sequence[tuple[list[int], list[int]]]):
+        self.trie = TokenTrie([[*context, *answer[:-1]] if answer else context for context, answer in pairs])
+        rank: dict[int, int] = {}
+        self.targets: list[tuple[int, int, int]] = []
+        for choice, ((context, answer), nodes) in enumerate(zip(pairs, self.trie.nodes, strict=True)):
+            for step, token in enumerate(answer):
+                node = nodes[len(context) - 1 + step]
+                self.targets.append((rank.setdefault(node, len(rank)), token, choice))
+            if not answer:
+                rank.setdefault(nodes[-1], len(rank))
+        self.at = list(rank)
+        self.choices = len(pairs)
+
+
+@dataclass
+class _Piece:
+    """Paths of one prompt in one forward; `request` and `places` say where their results go."""
+
+    prompt: _Prompt
+    paths: list[LayerPath]
+    request: int
+    places: list[int] = field(default_factory=list)
+
+
+class PathEvaluator:
+    """Evaluates layer paths of a causal language model from transformers.
+
+    model            unrouted, or routed (its policy is not asked)
+    tokenizer        its own
+    store_bytes      of states kept between calls; 0 keeps none
+    max_tokens       of a forward at its widest; more paths are run in several
+    max_logits       bytes of logits made at once
+
+    The model is routed while a call runs, and left as it was. Not for several threads at once.
+    Raises what `enable_dynamic_routing` does for a model that cannot be routed exactly.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        store_bytes: int = 1 << 30,
+        max_tokens: int = 8192,
+        max_logits: int = 1 << 28,
+    ):
+        self.top = unwrap(model)
+        self.decoder = routable_decoder(self.top)
+        self.tokenizer = tokenizer
+        self.num_layers = len(self.decoder.layers)
+        self.store = PrefixStore(store_bytes)
+        if max_tokens < 1 or max_logits < 1:
+            raise ValueError(f"max_tokens and max_logits must be positive, got {max_tokens} and {max_logits}")
+        self.max_tokens, self.max_logits = max_tokens, max_logits
+        self.stats = EvaluatorStats()
+        self._prompts: OrderedDict[tuple, _Prompt] = OrderedDict()
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.get_input_embeddings().weight.device
+
+    # -- scoring answer choices
+    def score_choices(self, context: str, choices: Sequence[str], paths: Any) -> Tensor:
+        """float32 [P, C] on the CPU: the sum of log-likelihoods of the tokens of each of C choices after the context,
+        under each of P paths ([L] or [P, L] of 0 skip, 1 execute, 2 repeat). Tokens as lm-eval makes them.
+
+        The context and whatever the choices' tokens have in common is run once for each path, whatever paths have in
+        common once for all of them.
+        Raises TypeError or ValueError for paths that do not fit, choices without a token and prompts longer than the
+        model's positions.
+        """
+        return self.score_many([(context, choices, paths)])[0]
+
+    def score_many(self, requests: Sequence[tuple[str, Sequence[str], Any]]) -> list[Tensor]:
+        """`score_choices` of several prompts, in shared forwards."""
+        prompts = [self._choices(context, choices) for context, choices, _ in requests]
+        plans = [self._paths(paths) for _, _, paths in requests]
+        out = [torch.zeros(len(p.distinct), q.choices) for p, q in zip(plans, prompts, strict=True)]
+        for pieces in self._batches(prompts, plans):
+            for piece, rows, logits in self._logits(pieces):
+                index, tokens, choice = torch.tensor(piece.prompt.targets, device=logits.device).T
+                logp = logits[:, index, tokens] - logits.logsumexp(-1)[:, index]
+                sums = logp.new_zeros(len(rows), piece.prompt.choices).index_add_(1, choice, logp)
+                out[piece.request][[piece.places[r] for r in rows]] = sums.cpu()
+        return [scores[plan.order] for scores, plan in zip(out, plans, strict=True)]
+
+    def divergence(self, context: str, choices: Sequence[str], paths: Any) -> Tensor:
+        """float32 [P]: KL(dense || path) of the model's distributions of the next token, in nats, its mean over the
+        places where `score_choices` predicts a token of a choice. No right answer is needed."""
+        prompt, plan = self._choices(context, choices), self._paths(paths)
+        dense = (1,) * self.num_layers
+        reference: Tensor | None = None
+        for _, _, logits in self._logits([_Piece(prompt, [dense], 0, [0])], count=False):
+            reference = logits[0].log_softmax(-1)
+        out = torch.zeros(len(plan.distinct))
+        for pieces in self._batches([prompt], [plan]):
+            for piece, rows, logits in self._logits(pieces):
+                kl = (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1).mean(-1)
+                out[[piece.places[r] for r in rows]] = kl.cpu()
+        return out[plan.order]
+
+    # -- free answers
+    def greedy(
+        self, prompt: str, paths: Any, max_new_tokens: int, *, stop: Sequence[str] = ()
+    ) -> list[list[int]]:
+        """For each path the tokens of the model's greedy answer to `prompt`, without the end-of-sequence token; at most
+        max_new_tokens, or up to and with the token that completes one of the texts `stop`."""
+        return self.greedy_many([(prompt, paths)], max_new_tokens, stop=stop)[0]
+
+    def greedy_many(
+        self, requests: Sequence[tuple[str, Any]], max_new_tokens: int, *, stop: Sequence[str] = ()
+    ) -> list[list[list[int]]]:
+        """`greedy` of several prompts, in shared forwards."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        prompts = [self._free(prompt, max_new_tokens) for prompt, _ in requests]
+        plans = [self._paths(paths) for _, paths in requests]
+        out: list[list[list[int]]] = [[[] for _ in plan.distinct] for plan in plans]
+        for pieces in self._batches(prompts, plans):
+            cache, first = self._prefill(pieces)
+            with self._routed():
+                answers = decode(self.top, self.tokenizer, cache, first, max_new_tokens, stop)
+            places = [(piece.request, place) for piece in pieces for place in piece.places]
+            for (request, place), answer in zip(places, answers, strict=True):
+                out[request][place] = answer
+        return [[answers[i] for i in plan.order] for answers, plan in zip(out, plans, strict=True)]
+
+    def forget(self, context: str, choices: Sequence[str] | None = None) -> None:
+        """Drop the states kept for a prompt that will not come back."""
+        prompt = self._prompts.pop((context, None if choices is None else tuple(choices)), None)
+        if prompt is not None:
+            self.store.forget(prompt)
+
+    # -- inside
+    def _choices(self, context: str, choices: Sequence[str]) -> _Prompt:
+        if isinstance(choices, str) or not choices:
+            raise ValueError(f"choices must be a list of one or more texts, got {choices!r:.80}")
+
+        def make() -> list[tuple[list[int], list[int]]]:
+            pairs = [encode_pair(self.tokenizer, context, choice) for choice in choices]
+            for choice, (_, answer) in zip(choices, pairs, strict=True):
+                if not answer:
+                    raise ValueError(f"the choice {choice!r} has no token after the context")
+            return pairs
+
+        return self._remembered((context, tuple(choices)), make, 0)
+
+    def _free(self, prompt: str, room: int) -> _Prompt:
+        return self._remembered((prompt, None), lambda: [(encode_prompt(self.tokenizer, prompt), [])], room)
+
+    def _remembered(self, key: tuple, make: Any, room: int) -> _Prompt:
+        if key not in self._prompts:
+            pairs = make()
+            longest = max(len(context) + max(0, len(answer) - 1) for context, answer in pairs) + room
+            limit = getattr(self.decoder.config, "max_position_embeddings", None)
+            if limit is not None and longest > limit:
+                raise ValueError(
+                    f"a prompt of {longest} tokens (room for its answer included) exceeds the model's {limit} "
+                    f"positions; shorten it: {key[0]!r:.80}"
+                )
+            self._prompts[key] = _Prompt(pairs)
+            while len(self._prompts) > PROMPTS:
+                _, old = self._prompts.popitem(last=False)
+                self.store.forget(old)
+        self._prompts.move_to_end(key)
+        return self._prompts[key]
+
+    def _paths(self, paths: Any) -> _Plan:
+        plan = as_plan(paths)
+        check_length(plan, self.num_layers)
+        return _Plan(map(tuple, (plan.unsqueeze(0) if plan.ndim == 1 else plan).tolist()))
+
+    def _batches(self, prompts: Sequence[_Prompt], plans: Sequence[_Plan]) -> Iterator[list[_Piece]]:
+        """The requests as forwards of at most `max_tokens` tokens; paths that begin alike stay together."""
+        pieces: list[_Piece] = []
+        tokens = 0
+        for request, (prompt, plan) in enumerate(zip(prompts, plans, strict=True)):
+            for path in sorted(plan.distinct):
+                if pieces and tokens + len(prompt.trie) > self.max_tokens:
+                    yield pieces
+                    pieces, tokens = [], 0
+                if not pieces or pieces[-1].request != request:
+                    pieces.append(_Piece(prompt, [], request))
+                pieces[-1].paths.append(path)
+                pieces[-1].places.append(plan.distinct[path])
+                tokens += len(prompt.trie)
+        if pieces:
+            yield pieces
+
+    def _start(self, pieces: Sequence[_Piece], cache: object, count: bool) -> tuple[TreeForward, list[list[Prefix]]]:
+        starts, alone = [], 0
+        for q, piece in enumerate(pieces):
+            root = Prefix((), None, q)
+            own = [self.store.deepest((piece.prompt, cache is not None), path) or root for path in piece.paths]
+            for prefix in own:
+                prefix.prompt = q
+            starts.append(own)
+            alone += sum(map(visits, piece.paths))
+        tree = PathTree([piece.paths for piece in pieces], starts, self.num_layers)
+        if count:
+            self.stats.paths += sum(len(piece.paths) for piece in pieces)
+            self.stats.forwards += 1
+            self.stats.visits_alone += alone
+            self.stats.restored += len({id(prefix) for own in starts for prefix in own if prefix.path})
+        return TreeForward(self.decoder._drllm_routing, [p.prompt.trie for p in pieces], tree, cache, self.device)
+
+    def _run(self, run: TreeForward, index: Tensor) -> Tensor:
+        """Logits [1, n, V] at the tokens `index` of the rows that leave the last block."""
+        token = ACTIVE.set(run)
+        try:
+            ids, positions = run.inputs()
+            cache = {} if run.cache is None else {name_of_cache(type(self.top).forward): run.cache}
+            return self.top(
+                input_ids=ids,
+                attention_mask=torch.empty(NO_MASK, dtype=torch.bool, device=self.device),
+                position_ids=positions,
+                use_cache=run.cache is not None,
+                logits_to_keep=index,
+                return_dict=True,
+                **cache,
+            ).logits
+        finally:
+            ACTIVE.reset(token)
+
+    def _logits(
+        self, pieces: list[_Piece], count: bool = True
+    ) -> Iterator[tuple[_Piece, list[int], Tensor]]:
+        """Run the pieces; for each and some of its rows: logits float32 [rows, n, V] at the prompt's n places `at`."""
+        with self._routed(), torch.inference_mode():
+            run = self._start(pieces, None, count)
+            offsets = _offsets(run)
+            vocabulary = self.top.config.get_text_config(decoder=True).vocab_size
+            for q, piece in enumerate(pieces):
+                at = torch.tensor(piece.prompt.at)
+                group = max(1, self.max_logits // (4 * vocabulary * len(at)))
+                for first in range(0, len(piece.paths), group):
+                    rows = list(range(first, min(first + group, len(piece.paths))))
+                    begins = torch.tensor([offsets[q][piece.paths[r]] for r in rows])
+                    index = (begins.unsqueeze(1) + at).reshape(-1).to(self.device)
+                    logits = self._run(run, index)
+                    yield piece, rows, logits.float().reshape(len(rows), len(at), -1)
+            self._keep(run, pieces, with_keys=False, count=count)
+
+    def _prefill(self, pieces: list[_Piece]) -> tuple[RoutedCache, Tensor]:
+        """A cache that holds each path of each piece as a row, and the logits [rows, V] after the prompt."""
+        with self._routed(), torch.inference_mode():
+            cache = RoutedCache(self.decoder.config)
+            run = self._start(pieces, cache, True)
+            offsets = _offsets(run)
+            last = [offsets[q][path] + p.prompt.at[0] for q, p in enumerate(pieces) for path in p.paths]
+            logits = self._run(run, torch.tensor(last, device=self.device))[0]
+            leaves = [run.tree.leaves[q][path] for q, p in enumerate(pieces) for path in p.paths]
+            lengths = [len(p.prompt.trie) for p in pieces for _ in p.paths]
+            fill_cache(cache, self.decoder, leaves, lengths)
+            self._keep(run, pieces, with_keys=True, count=True)
+            return cache, logits
+
+    def _keep(self, run: TreeForward, pieces: list[_Piece], with_keys: bool, count: bool) -> None:
+        if count:
+            self.stats.visits += run.visits
+        fresh: list[list[Prefix]] = [[] for _ in pieces]
+        for step in run.tree.steps:
+            for _, _, child in step.children:
+                fresh[child.prompt].append(child)
+        for q, piece in enumerate(pieces):
+            self.store.keep((piece.prompt, with_keys), fresh[q], list(run.tree.leaves[q].values()))
+
+    @contextmanager
+    def _routed(self) -> Iterator[None]:
+        """The model's seams are there, asking no policy, and its modules in evaluation mode."""
+        own = not hasattr(self.decoder, "_drllm_routing")
+        if own:
+            enable_dynamic_routing(self.top, [1] * self.num_layers)
+        try:
+            with changed(self.decoder._drllm_routing, disabled=False, plan=None, context=None), evaluating(self.top):
+                yield
+        finally:
+            if own:
+                disable_dynamic_routing(self.top)
+
+
+class _Plan:
+    """The paths of one request: each distinct one with its number, and for each given one that number."""
+
+    def __init__(self, paths: Iterable[LayerPath]):
+        self.distinct: dict[LayerPath, int] = {}
+        self.order = [self.distinct.setdefault(path, len(self.distinct)) for path in paths]
+
+
+def _offsets(run: TreeForward) -> list[dict[LayerPath, int]]:
+    """For each prompt and path of a forward, where its row begins among those that leave the last block."""
+    offsets: list[dict[LayerPath, int]] = [{} for _ in run.prompts]
+    at = 0
+    for leaf in run.tree.last:
+        offsets[leaf.prompt][leaf.path] = at
+        at += len(run.prompts[leaf.prompt])
+    return offsets
