@@ -181,7 +181,7 @@ class PathEvaluator:
         out: list[list[list[int]]] = [[[] for _ in plan.distinct] for plan in plans]
         for pieces in self._batches(prompts, plans):
             cache, first = self._prefill(pieces)
-            with self._routed():
+            with self._routed(), torch.inference_mode():
                 answers = decode(self.top, self.tokenizer, cache, first, max_new_tokens, stop)
             places = [(piece.request, place) for piece in pieces for place in piece.places]
             for (request, place), answer in zip(places, answers, strict=True):
@@ -334,10 +334,13 @@ class PathEvaluator:
         own = not hasattr(self.decoder, "_drllm_routing")
         if own:
             enable_dynamic_routing(self.top, [1] * self.num_layers)
+        routing = self.decoder._drllm_routing
+        last = routing.last
         try:
-            with changed(self.decoder._drllm_routing, disabled=False, plan=None, context=None), evaluating(self.top):
+            with changed(routing, disabled=False, plan=None, context=None), evaluating(self.top):
                 yield
         finally:
+            routing.last = last
             if own:
                 disable_dynamic_routing(self.top)
 

@@ -14,6 +14,7 @@ from drllm_fast.base_forward import name_of_cache
 from drllm_fast.cache import RoutedCache
 from drllm_fast.policies import GivenPlan
 from drllm_fast.search.path_tree import Prefix
+from drllm_fast.tally import Tally
 
 
 def fill_cache(cache: RoutedCache, decoder: nn.Module, leaves: Sequence[Prefix], lengths: Sequence[int]) -> None:
@@ -32,6 +33,8 @@ def fill_cache(cache: RoutedCache, decoder: nn.Module, leaves: Sequence[Prefix],
     starts = columns - torch.tensor(lengths, device="cpu").unsqueeze(1)
     real = torch.arange(columns, device="cpu") >= starts
     cache.model = weakref.ref(decoder)
+    nothing = [0] * len(cache.layers)  # no row ran by itself
+    cache.tally = Tally(plan, list(lengths), list(lengths), nothing, nothing, cache.bytes_per_token(), forwards=1)
     cache.advance(list(lengths), columns, None if bool(real.all()) else real)
 
 

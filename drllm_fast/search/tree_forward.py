@@ -103,8 +103,10 @@ class TreeForward:
     def _leave(self, step, states: list[Tensor], sizes: list[list[int]], pairs: list[tuple]) -> Tensor:
         begins = [[0, *accumulate(size)] for size in sizes]
         wanted = [(times, row) for times, row, _ in step.children]
-        if not step.restored and wanted == [(1, row) for row in range(len(sizes[1]) if len(sizes) > 1 else 0)]:
+        if not step.restored and len(states) > 1 and wanted == [(1, row) for row in range(len(sizes[1]))]:
             hidden = states[1]
+        elif not step.restored and not wanted:
+            hidden = states[0]  # nothing
         else:
             parts = [states[t].narrow(1, begins[t][row], sizes[t][row]) for t, row in wanted]
             hidden = torch.cat([*parts, *(prefix.hidden for prefix in step.restored)], dim=1)
@@ -198,5 +200,7 @@ def _rows(x: Tensor, chosen: Sequence[int], lengths: Sequence[int]) -> Tensor:
     """Some rows of x [1, T, ...], whose rows have these lengths."""
     if list(chosen) == list(range(len(lengths))):
         return x
+    if not chosen:
+        return x[:, :0]
     begins = [0, *accumulate(lengths)]
     return torch.cat([x.narrow(1, begins[i], lengths[i]) for i in chosen], dim=1)
