@@ -140,11 +140,10 @@ class PathEvaluator:
         plans = [self._paths(paths) for _, _, paths in requests]
         out = [torch.zeros(len(p.distinct), q.choices) for p, q in zip(plans, prompts, strict=True)]
         for pieces in self._batches(prompts, plans):
-            for piece, rows, logits in self._logits(pieces):
-                index, tokens, choice = torch.tensor(piece.prompt.targets, device=logits.device).T
-                logp = logits[:, index, tokens] - logits.logsumexp(-1)[:, index]
-                sums = logp.new_zeros(len(rows), piece.prompt.choices).index_add_(1, choice, logp)
-                out[piece.request][[piece.places[r] for r in rows]] = sums.cpu()
+            for piece, row, logp in self._log_probs(pieces):
+                index, tokens, choice = torch.tensor(piece.prompt.targets, device=logp.device).T
+                sums = out[piece.request][piece.places[row]]
+                sums.index_add_(0, choice.cpu(), logp[index, tokens].cpu())
         return [scores[plan.order] for scores, plan in zip(out, plans, strict=True)]
 
     def divergence(self, context: str, choices: Sequence[str], paths: Any) -> Tensor:
@@ -153,13 +152,12 @@ class PathEvaluator:
         prompt, plan = self._choices(context, choices), self._paths(paths)
         dense = (1,) * self.num_layers
         reference: Tensor | None = None
-        for _, _, logits in self._logits([_Piece(prompt, [dense], 0, [0])], count=False):
-            reference = logits[0].log_softmax(-1)
+        for _, _, logp in self._log_probs([_Piece(prompt, [dense], 0, [0])], count=False):
+            reference = logp
         out = torch.zeros(len(plan.distinct))
         for pieces in self._batches([prompt], [plan]):
-            for piece, rows, logits in self._logits(pieces):
-                kl = (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1).mean(-1)
-                out[[piece.places[r] for r in rows]] = kl.cpu()
+            for piece, row, logp in self._log_probs(pieces):
+                out[piece.places[row]] = (reference.exp() * (reference - logp)).sum(-1).mean()
         return out[plan.order]
 
     # -- free answers
@@ -285,10 +283,8 @@ class PathEvaluator:
         finally:
             ACTIVE.reset(token)
 
-    def _logits(
-        self, pieces: list[_Piece], count: bool = True
-    ) -> Iterator[tuple[_Piece, list[int], Tensor]]:
-        """Run the pieces; for each and some of its rows: logits float32 [rows, n, V] at the prompt's n places `at`."""
+    def _log_probs(self, pieces: list[_Piece], count: bool = True) -> Iterator[tuple[_Piece, int, Tensor]]:
+        """Run the pieces; for each and each of its paths: log-probabilities float32 [n, V] at the prompt's places."""
         with self._routed(), torch.inference_mode():
             run = self._start(pieces, None, count)
             offsets = _offsets(run)
@@ -297,11 +293,12 @@ class PathEvaluator:
                 at = torch.tensor(piece.prompt.at)
                 group = max(1, self.max_logits // (4 * vocabulary * len(at)))
                 for first in range(0, len(piece.paths), group):
-                    rows = list(range(first, min(first + group, len(piece.paths))))
-                    begins = torch.tensor([offsets[q][piece.paths[r]] for r in rows])
+                    begins = torch.tensor([offsets[q][path] for path in piece.paths[first : first + group]])
                     index = (begins.unsqueeze(1) + at).reshape(-1).to(self.device)
-                    logits = self._run(run, index)
-                    yield piece, rows, logits.float().reshape(len(rows), len(at), -1)
+                    logits = self._run(run, index)[0]
+                    # One path at a time: what is made of its logits then stays in a CPU's cache.
+                    for row, some in enumerate(logits.split(len(at)), first):
+                        yield piece, row, some.log_softmax(-1, dtype=torch.float32)
             self._keep(run, pieces, with_keys=False, count=count)
 
     def _prefill(self, pieces: list[_Piece]) -> tuple[RoutedCache, Tensor]:
