@@ -194,7 +194,7 @@ def test_the_tree_branches_and_grows_deep(name, learn_order):
     config = replace(OPEN, options={"learn_order": learn_order})
     search, asked = run(LANDSCAPES[name](1), config, 1)
     assert len(asked) == 200
-    assert 5 <= len(search.root.children) <= 15  # ceil(sqrt(201))
+    assert 5 <= len(search.root.children) <= 10  # ceil(0.7 sqrt(201))
     assert max(map(edited, asked)) >= 5
     branching = [node for node in search.nodes.values() if len(node.children) > 1]
     assert len(branching) >= 10
@@ -203,8 +203,8 @@ def test_the_tree_branches_and_grows_deep(name, learn_order):
 def test_widening_follows_its_formula():
     search, _ = run(LANDSCAPES["additive"](1), OPEN, 1, batch=1)
     for node in search.nodes.values():
-        assert len(node.children) <= math.ceil(math.sqrt(node.visits))
-    assert len(search.root.children) == math.ceil(math.sqrt(search.root.visits - 1))
+        assert len(node.children) <= math.ceil(0.7 * math.sqrt(node.visits))
+    assert len(search.root.children) == math.ceil(0.7 * math.sqrt(search.root.visits - 1))
     narrow, _ = run(LANDSCAPES["additive"](1), replace(OPEN, simulations=15, options={"widening": 0}), 1, batch=1)
     assert all(len(node.children) <= 1 for node in narrow.nodes.values())
 

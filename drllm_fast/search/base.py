@@ -115,6 +115,14 @@ class BaseSearch:
         changed = (block for block, times in enumerate(path) if edit[block] != times)
         return min(self.prior[block][(SKIP, REPEAT).index(edit[block])] for block in changed)
 
+    def _random_edit(self, path: LayerPath) -> LayerPath | None:
+        """An edit drawn by its weight, any of them where all weigh nothing; None where there is no edit."""
+        found = self._edits(path)
+        if not found:
+            return None
+        weights = [self._weight(path, edit) for edit in found] if self.prior is not None else []
+        return self.rng.choices(found, weights if any(weights) else None)[0]
+
     def _shuffled(self, path: LayerPath) -> list[LayerPath]:
         """The edits of a path in random order, each drawn by its weight among those left (Efraimidis & Spirakis 2006,
         doi:10.1016/j.ipl.2005.11.003)."""

@@ -24,9 +24,9 @@ class ChainSearch(BaseSearch):
     def _propose(self) -> LayerPath | None:
         fruitless = 0
         while fruitless < self.MAX_FRUITLESS:
-            step = self._shuffled(self._end)[:1]
-            if step:
-                self._end = step[0]
+            step = self._random_edit(self._end)
+            if step is not None:
+                self._end = step
                 if not self._known(self._end):
                     return self._end
             elif self.options["restart"]:

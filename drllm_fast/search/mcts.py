@@ -13,7 +13,8 @@ Scale. As long as all told rewards are 0 or 1, they count as they are. Otherwise
 ruined path elsewhere in the tree does not press these together.
 
 Widening. A node has at most ceil(k V^alpha) children: as it is visited more, new edits are tried beside the known ones
-(progressive widening, Coulom 2007, doi:10.1142/S1793005707001094). 200 visits give 15 children, and these 4 each.
+(progressive widening, Coulom 2007, doi:10.1142/S1793005707001094). By default 200 visits give 10 children, and these 4
+each.
 
 Which edit is tried next. Edits repeat all over the tree. Each told edge gives the gain in reward from parent to child,
 shared equally by the blocks it changes; a new edit's estimate is the sum over its blocks of total gain / (count + 1), 0
@@ -24,7 +25,8 @@ skipped. Equal estimates are in random order, weighted by the prior.
 Transpositions. Edits commute, so that nodes are shared by path: a DAG. A walk adds to the nodes it came through only.
 
 Parallel simulations. A path that was asked and not told counts in all nodes walked over as a visit of the lowest reward
-(virtual loss, Chaslot et al. 2008, doi:10.1007/978-3-540-87608-3_6), and nothing is tried below it.
+(virtual loss, Chaslot et al. 2008, doi:10.1007/978-3-540-87608-3_6), and nothing is tried below it. The fewer paths are
+asked at once, the more each is chosen by what is known: where many searches share a batch, let each ask for few.
 
     options["widening"], ["widening_power"]  k, alpha; with k = 0 only leaves expand
     options["learn_order"]                   whether gains order the edits; else only the prior does
@@ -55,7 +57,7 @@ class Node:
 class TreeSearch(BaseSearch):
     """See the module. `root` is the dense path's node, `nodes` the table of all by path."""
 
-    OPTIONS = {"widening": 1.0, "widening_power": 0.5, "learn_order": True}
+    OPTIONS = {"widening": 0.7, "widening_power": 0.5, "learn_order": True}
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)

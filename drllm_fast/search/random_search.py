@@ -20,8 +20,7 @@ class RandomSearch(BaseSearch):
         for _ in range(self.MAX_FRUITLESS):
             path = self.dense
             for _ in range(self.rng.randint(1, self.options["edits"])):
-                step = self._shuffled(path)[:1]
-                path = step[0] if step else path
+                path = self._random_edit(path) or path
             if not self._known(path):
                 return path
         return None
