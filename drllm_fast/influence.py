@@ -169,26 +169,14 @@ class StaticPolicy:
         The model is left as it was, whatever happens. Raises ValueError for a bad argument, a model that is routed, and
         hidden states that are not finite; NotImplementedError for a model without a list of decoder layers.
         """
-        if criterion not in CRITERIA:
-            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
-        top = unwrap(model)
-        decoder = decoder_of(top)
-        if any(getattr(module, "routing", None) is not None for module in (top, decoder)):
-            raise ValueError("the model is routed; call model.disable_dynamic_routing() before calibration")
+        decoder = _unrouted_decoder(model, criterion)
         layers = list(decoder.layers)
         removals = skipped_blocks(budget, len(layers))
         prompts = _prompts(decoder, tokenizer, calibration_texts() if texts is None else texts, max_tokens)
 
         order: list[int] = []
         for _ in tqdm(range(removals), desc=f"ranking blocks by {criterion}", disable=not progress):
-            states = _states(decoder, prompts, removed=order)
-            scores = {block: CRITERIA[criterion](x, y) for block, (x, y) in states.items()}
-            for block, score in scores.items():
-                if not math.isfinite(score):
-                    raise ValueError(
-                        f"the hidden states at block {block} are not finite; look for NaN in the model's weights, and "
-                        "use bfloat16 or float32 if the model overflows float16"
-                    )
+            scores = _scores(decoder, prompts, criterion, removed=order)
             order.append(min(scores, key=scores.__getitem__))
         return cls(order, num_layers=len(layers), budget=budget, criterion=criterion)
 
@@ -197,6 +185,22 @@ class StaticPolicy:
             f"StaticPolicy(order={self.order}, num_layers={self.num_layers}, budget={self.budget}, "
             f"criterion={self.criterion!r})"
         )
+
+
+def influences(
+    model: nn.Module,
+    tokenizer: Callable[[str], Any],
+    texts: Iterable[str] | None = None,
+    *,
+    criterion: str = "block-influence",
+    max_tokens: int = 2048,
+) -> list[float]:
+    """Influence of each of the L blocks, none of them removed. Arguments and errors are those of
+    StaticPolicy.calibrate."""
+    decoder = _unrouted_decoder(model, criterion)
+    prompts = _prompts(decoder, tokenizer, calibration_texts() if texts is None else texts, max_tokens)
+    scores = _scores(decoder, prompts, criterion, removed=())
+    return [scores[block] for block in range(len(decoder.layers))]
 
 
 def skipped_blocks(budget: float, num_layers: int) -> int:
@@ -215,6 +219,29 @@ def calibration_texts() -> list[str]:
     """The passages of the bundled calibration text."""
     file = importlib.resources.files("drllm_fast") / "data" / "calibration.txt"
     return [passage.strip() for passage in file.read_text(encoding="utf-8").split("\n----\n")]
+
+
+def _unrouted_decoder(model: nn.Module, criterion: str) -> Any:
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+    top = unwrap(model)
+    decoder = decoder_of(top)
+    if any(getattr(module, "routing", None) is not None for module in (top, decoder)):
+        raise ValueError("the model is routed; call model.disable_dynamic_routing() before calibration")
+    return decoder
+
+
+def _scores(decoder: Any, prompts: list[Tensor], criterion: str, removed: Sequence[int]) -> dict[int, float]:
+    """Influence of each remaining block. ValueError where it is not finite."""
+    states = _states(decoder, prompts, removed)
+    scores = {block: CRITERIA[criterion](x, y) for block, (x, y) in states.items()}
+    for block, score in scores.items():
+        if not math.isfinite(score):
+            raise ValueError(
+                f"the hidden states at block {block} are not finite; look for NaN in the model's weights, and "
+                "use bfloat16 or float32 if the model overflows float16"
+            )
+    return scores
 
 
 def _prompts(decoder: Any, tokenizer: Callable[[str], Any], texts: Iterable[str], max_tokens: int) -> list[Tensor]:
