@@ -224,6 +224,33 @@ def test_the_process_ends_with_its_caller():
     process.stdout.close()
 
 
+def test_a_process_killed_from_outside_costs_no_verdict():
+    needs("math-verify")
+    for _ in range(3):
+        assert grading_process.ask("math-verify", "$8$", "8") is True
+        process = grading_process._graders["math-verify"].process
+        assert not hasattr(os, "getsid") or os.getsid(process.pid) != os.getsid(0)
+        process.kill()
+        process.wait()
+
+
+def test_an_interrupt_leaves_no_reply_behind(monkeypatch):
+    needs("math-verify")
+    assert grading_process.ask("math-verify", "$8$", "8") is True
+    grader = grading_process._graders["math-verify"]
+
+    class Interrupted:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    out, grader.process.stdout = grader.process.stdout, Interrupted()
+    monkeypatch.setattr(grader, "close", lambda: setattr(grader, "process", None))
+    with pytest.raises(KeyboardInterrupt):
+        grading_process.ask("math-verify", "$8$", "8")
+    out.close()
+    assert grading_process.ask("math-verify", "$8$", "9") is False
+
+
 def test_a_process_that_cannot_start_says_why(monkeypatch):
     grader = grading_process.Grader("math-verify")
     monkeypatch.setattr(sys, "executable", "/bin/false" if os.path.exists("/bin/false") else sys.executable)
