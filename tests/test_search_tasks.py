@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from drllm_fast.search.layouts import by_fields, find_layout
-from drllm_fast.search.prompts import FORMS, form_of
+from drllm_fast.search.prompts import FORMS, form_of, grader_of
 from drllm_fast.search.rows import check_row
 from drllm_fast.search.tasks import load_rows, load_task, parse_levels
 
@@ -203,10 +203,18 @@ def test_forms_that_are_not_lm_evals(tmp_path):
     assert (number.prompt, number.answer, number.id) == ("Own number?", "7", "6")
     assert load_task(str(path), limit=1, form="letters")[0].choices == (" A", " B")
     assert load_task(str(path), limit=2, max_new_tokens=3)[1].max_new_tokens == 3
-    assert "\\boxed{7}" in load_task(str(write(tmp_path / "two.jsonl", rows[1::5])), shots=1)[0].prompt
+    other = str(write(tmp_path / "other.jsonl", rows[6:]))
+    assert "\\boxed{7}" in load_task(str(path), levels=[1], shots=1, examples=other)[0].prompt
+    with pytest.raises(ValueError, match="row 1 of math has 0 others"):
+        load_task(str(path), levels=[1], shots=1)
 
 
-def test_every_form_asks_and_is_told(tmp_path):
+def test_graders_that_suit_the_tasks():
+    found = {task: grader_of(task) for task in ("gsm8k", "math", "synth_arith", "lambada_openai", "squad_v2", "own")}
+    assert list(found.values()) == ["math-verify", "math-verify", "exact", "first-word", "exact", "exact"]
+
+
+def test_every_form_asks_and_unknown_ones_are_named():
     for name, form in FORMS.items():
         row = {"id": "i", "task": name, "question": "A _ b, because", "choices": ["x", "y"], "answer": 0}
         assert form.text(row) is not None and len(form.choices(row)) == 2, name
@@ -228,6 +236,8 @@ def test_examples_are_drawn_by_seed_and_never_the_item(tmp_path):
     assert [item.prompt for item in load_task(path, shots=5, seed=1)] != prompts
     with pytest.raises(ValueError, match="6 solved examples were asked for, and row r0 of svamp has 5 others; ask for"):
         load_task(path, shots=6)
+    again = str(write(tmp_path / "again.jsonl", rows + [row | {"id": row["id"] + "b"} for row in rows]))
+    assert [item.prompt for item in load_task(again, shots=5)] == prompts * 2
     others = [row | {"id": "o", "question": "Other?", "answer": "9"} for row in rows[:1]]
     other = str(write(tmp_path / "other.jsonl", others))
     assert load_task(path, shots=1, examples=other)[0].prompt.startswith(
@@ -311,9 +321,9 @@ def test_a_data_sets_splits_columns_and_refusals(tmp_path, offline):
 
 def test_fields():
     convert = by_fields({"question": "q", "choices": "options.text", "labels": "options.name", "answer": "gold"})
-    row = {"id": 5, "q": "?", "options": {"text": ["1", "0"], "name": ["x", "y"]}}
+    row = {"id": 5, "q": "?", "options": {"text": ["1", "0"], "name": ["0", "y"]}}
     # A label goes before a text, a text before an index.
-    for gold, index in [("y", 1), ("1", 0), ("B", 1), (1, 1), ([1], 1), (" x ", 0)]:
+    for gold, index in [("y", 1), ("0", 0), ("1", 0), ("B", 1), (1, 1), ([1], 1), (" y ", 1)]:
         new = convert(row | {"gold": gold}, "here")
         assert (new["id"], new["answer"]) == (5, index), gold
     for gold in ("z", 2, -1, None, True, "7", [0, 1]):

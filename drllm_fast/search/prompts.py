@@ -265,3 +265,8 @@ def form_of(task: str) -> Form:
             "such as form='question'"
         )
     return FORMS[task]
+
+
+def grader_of(task: str) -> str:
+    """The grader that suits a task's free answers; 'exact' for a task without a form of its own."""
+    return FORMS.get(task, _QUESTION).grader

@@ -65,7 +65,15 @@ def load_task(
     chosen = _of_levels(rows, levels)[:limit]
     forms = {name: form_of(form or name) for name in dict.fromkeys(row["form"] for row in chosen)}
     # The same examples for every item, as far as may be: prompts then begin alike.
-    drawers = {name: _Examples(pool, one, one.shots if shots is None else shots, seed) for name, one in forms.items()}
+    drawers = {
+        name: _Examples(
+            pool if examples else [row for row in pool if row["form"] == name],
+            one,
+            one.shots if shots is None else shots,
+            seed,
+        )
+        for name, one in forms.items()
+    }
     return [
         build_item(
             row,
@@ -120,7 +128,11 @@ class _Examples:
         self.groups: dict[Any, list[Row]] = {}
         if not shots:
             return
+        # Questions that recur under several ids count once: else an item could be shown its own answer, or run short.
+        distinct: dict[tuple[str, tuple[str, ...]], Row] = {}
         for row in pool:
+            distinct.setdefault(_content(row), row)
+        for row in distinct.values():
             self.groups.setdefault(self._group(row), []).append(row)
         for group, rows in self.groups.items():
             if not form.first_shots:
@@ -132,7 +144,7 @@ class _Examples:
         if not self.shots:
             return []
         drawn = self.groups.get(self._group(row), [])
-        others = [other for other in drawn if not _same(other, row)]
+        others = [other for other in drawn if _content(other) != _content(row)]
         if len(others) < self.shots:
             like = f" with its {self.form.shots_like} {self._group(row)!r}" if self.form.shots_like else ""
             raise ValueError(
@@ -145,8 +157,8 @@ class _Examples:
         return row.get(self.form.shots_like) if self.form.shots_like else None
 
 
-def _same(one: Row, other: Row) -> bool:
-    return one["question"] == other["question"] and one["choices"] == other["choices"]
+def _content(row: Row) -> tuple[str, tuple[str, ...]]:
+    return row["question"], tuple(row["choices"] or ())
 
 
 def _of_levels(rows: list[Row], levels: Sequence[int] | str | None) -> list[Row]:
