@@ -201,7 +201,7 @@ def test_forms_that_are_not_lm_evals(tmp_path):
     assert (copa.prompt, copa.choices) == ("It rained therefore", ("  it was wet.", "  it was dry."))
     assert (own.task, own.prompt, own.choices) == ("mixed", "Question: Own?\nAnswer:", (" a", " b"))
     assert (number.prompt, number.answer, number.id) == ("Own number?", "7", "6")
-    assert load_task(str(path), limit=1, form="letters")[0].choices == (" A", " B")
+    assert load_task(str(path), limit=1, form="letters", drop_unanswered=True)[0].choices == (" A", " B")
     assert load_task(str(path), limit=2, max_new_tokens=3)[1].max_new_tokens == 3
     other = str(write(tmp_path / "other.jsonl", rows[6:]))
     assert "\\boxed{7}" in load_task(str(path), levels=[1], shots=1, examples=other)[0].prompt
@@ -396,11 +396,19 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="no prompt form for the task 'arc_esay'"):
         load_task(str(tmp_path / "rows.jsonl"))
     assert load_task(str(tmp_path / "rows.jsonl"), form="question")[0].task == "arc_esay"
+    write(tmp_path / "rows.jsonl", [GOOD])
     with pytest.raises(ValueError, match=r"no rows of the levels \[1, 2\]; there are no levels in this data"):
         load_task(str(tmp_path / "rows.jsonl"), levels="1-2")
-    write(tmp_path / "rows.jsonl", [GOOD | {"choices": None, "answer": ""}])
-    with pytest.raises(ValueError, match="row a of arc_easy has an empty answer"):
-        load_task(str(tmp_path / "rows.jsonl"))
+    unanswered = GOOD | {"id": "b", "choices": None, "answer": ""}
+    path = str(write(tmp_path / "rows.jsonl", [GOOD, unanswered]))
+    with pytest.raises(
+        ValueError, match=r"1 of 2 rows have an empty answer \(the first is b of arc_easy\).*drop_unanswered"
+    ):
+        load_task(path)
+    assert [item.id for item in load_task(path, drop_unanswered=True)] == ["a"]
+    assert [item.answer for item in load_task(path, form="squad_v2")] == [1, "unanswerable"]
+    with pytest.raises(ValueError, match="none of the 1 rows has an answer"):
+        load_task(str(write(tmp_path / "rows.jsonl", [unanswered])), drop_unanswered=True)
     for name, value in (("limit", 0), ("shots", -1), ("max_new_tokens", 0)):
         with pytest.raises(ValueError, match=f"{name}={value}; it must be at least"):
             load_task("synth_arith", **{name: value})

@@ -84,15 +84,12 @@ def build_item(
     choices = None
     if row["choices"] is not None:
         choices = tuple(delimiter + (choice.lstrip() if chat else choice) for choice in form.choices(row))
-    gold = form.gold(row)
-    if gold == "":
-        raise ValueError(f"row {row['id']} of {row['task']} has an empty answer; a free answer needs some text")
     return Item(
         id=row["id"],
         task=row["task"],
         prompt=prompt,
         choices=choices,
-        answer=gold,
+        answer=form.gold(row),
         aliases=tuple(row.get("aliases") or ()),
         stop=() if choices else form.stop,
         max_new_tokens=max_new_tokens or form.max_new_tokens,
@@ -163,8 +160,8 @@ def _agieval_choices(row: Row) -> list[str]:
     return [f"({letter}){choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False)]
 
 
-def _answer_or_unanswerable(row: Row) -> str:
-    return row["answer"] or "unanswerable"
+def _answer_or_unanswerable(row: Row) -> int | str:
+    return row["answer"] if row["answer"] != "" else "unanswerable"
 
 
 def _boxed(row: Row) -> str:

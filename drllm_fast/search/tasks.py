@@ -40,6 +40,7 @@ def load_task(
     form: str | None = None,
     examples: str | None = None,
     max_new_tokens: int | None = None,
+    drop_unanswered: bool = False,
 ) -> list[Item]:
     """The items of a task, in the order of its data.
 
@@ -53,6 +54,7 @@ def load_task(
     form            a prompt form of `drllm_fast.search.prompts.FORMS`, instead of the one of the row's task
     examples        another spec to take solved examples from; the task's own rows by default, never the item itself
     max_new_tokens  of a free answer, instead of the form's
+    drop_unanswered leave out rows with an empty answer, which no grader can use; otherwise they are an error
 
     The same arguments give the same items; an item's prompt does not depend on `limit` and `levels`. ValueError or
     OSError says what is wrong with a spec, a file or a row.
@@ -60,8 +62,8 @@ def load_task(
     for name, value, least in (("limit", limit, 1), ("shots", shots, 0), ("max_new_tokens", max_new_tokens, 1)):
         if value is not None and value < least:
             raise ValueError(f"{name}={value}; it must be at least {least}")
-    rows = load_rows(spec, seed=seed, fields=fields)
-    pool = load_rows(examples, seed=seed, fields=fields) if examples else rows
+    rows = _answered(load_rows(spec, seed=seed, fields=fields), form, drop_unanswered)
+    pool = _answered(load_rows(examples, seed=seed, fields=fields), form, drop_unanswered) if examples else rows
     chosen = _of_levels(rows, levels)[:limit]
     forms = {name: form_of(form or name) for name in dict.fromkeys(row["form"] for row in chosen)}
     # The same examples for every item, as far as may be: prompts then begin alike.
@@ -159,6 +161,19 @@ class _Examples:
 
 def _content(row: Row) -> tuple[str, tuple[str, ...]]:
     return row["question"], tuple(row["choices"] or ())
+
+
+def _answered(rows: list[Row], form: str | None, drop: bool) -> list[Row]:
+    answered = [row for row in rows if form_of(form or row["form"]).gold(row) != ""]
+    if len(answered) < len(rows) and not drop:
+        row = next(row for row in rows if row not in answered)
+        raise ValueError(
+            f"{len(rows) - len(answered)} of {len(rows)} rows have an empty answer (the first is {row['id']} of "
+            f"{row['task']}), which no grader can use; answer them, or leave them out with drop_unanswered=True"
+        )
+    if not answered:
+        raise ValueError(f"none of the {len(rows)} rows has an answer")
+    return answered
 
 
 def _of_levels(rows: list[Row], levels: Sequence[int] | str | None) -> list[Row]:
