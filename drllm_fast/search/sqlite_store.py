@@ -38,7 +38,7 @@ class SqliteStore(Store):
                 self._connection = _connect_to_read(self.path)
             problem = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if problem != "ok":
-                raise sqlite3.DatabaseError(problem)
+                raise sqlite3.DatabaseError(" ".join(problem.split()))  # it has several lines
             search = self._connection.execute("SELECT hash FROM search").fetchone() or ("",)
         if search[0] != manifest.search_hash():
             raise ValueError(f"{self.path} is of another search than the manifest beside it; move it away")
@@ -96,13 +96,16 @@ def _connect(path: Path | str, *, uri: bool = False) -> sqlite3.Connection:
 
 
 def _connect_to_read(path: Path) -> sqlite3.Connection:
-    name = path.resolve().as_uri() + "?mode=ro"
+    # Not mode=ro, which would leave a log behind.
+    name = path.resolve().as_uri() + "?mode=rw"
     try:
         connection = _connect(name, uri=True)
+        connection.execute("PRAGMA query_only = ON")
         connection.execute("SELECT 1 FROM search")
     except sqlite3.OperationalError:
         # In a folder that is read-only SQLite cannot make the files that WAL needs, and needs none if nobody writes.
-        if path.with_name(FILE + "-wal").exists():
+        log = path.with_name(FILE + "-wal")
+        if not path.exists() or (log.exists() and log.stat().st_size):
             raise
         connection = _connect(name + "&immutable=1", uri=True)
     return connection
