@@ -19,6 +19,7 @@ from drllm_fast.search.store import open_store
 from drllm_fast.search.work import Queue, UnitsFailed, Writer, chunks
 
 PROGRAM = Path(__file__).with_name("search_cases.py")
+LIGHT = os.pathsep.join([str(PROGRAM.with_name("light")), *(path for path in sys.path if path)])  # PYTHONPATH
 RANKS = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--monitor-interval", "0.1"]
 DEADLINE = 60.0  # seconds, for what takes five
 
@@ -41,7 +42,7 @@ def start(executor, tmp_path, count, *, kind="sqlite", chunk=4, delay=0.002):
     """The same command, each time."""
     environ = os.environ | {
         "FOLDER": str(tmp_path / "out"), "KIND": kind, "EXECUTOR": executor, "UNITS": str(count), "CHUNK": str(chunk),
-        "DELAY": str(delay), "JOURNAL": str(tmp_path / "journal"), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "DELAY": str(delay), "JOURNAL": str(tmp_path / "journal"), "PYTHONPATH": LIGHT,
     }  # fmt: skip
     launcher = [*RANKS, "--master-port", str(free_port())] if executor == "ranks" else [sys.executable]
     return subprocess.Popen(
@@ -351,9 +352,8 @@ def test_a_worker_is_given_whole_chunks(store):
 def cluster():
     ray = pytest.importorskip("ray")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    paths = os.pathsep.join(path for path in sys.path if path)
     ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}}
+        num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": LIGHT}}
     )
     yield ray
     ray.shutdown()

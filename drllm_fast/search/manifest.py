@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from drllm_fast.router_files import package_version
+from drllm_fast import __version__
 from drllm_fast.search.atomic import written
 from drllm_fast.search.unit import SearchConfig, UnitKey
 
@@ -50,7 +50,7 @@ class Manifest:
             task=json.loads(json.dumps(task)),
             seed=seed,
             grader=config.grader,
-            package_version=package_version(),
+            package_version=__version__,
         )
 
     def search_hash(self) -> str:

@@ -140,7 +140,10 @@ def _drive(crew: _Crew, queue: Queue, writer: Writer, outcome: Outcome, workers:
         except RayActorError as error:
             _bury(crew, slot, error)
             outcome.deaths += 1
-            queue.died(left.values(), _short(error))
+            if error.preempted:  # the cluster took the machine; no unit is to blame
+                queue.raised(left.values(), False, "")
+            else:
+                queue.died(left.values(), _short(error))
         else:
             accept(result, left)
             writer.add(result)
@@ -151,9 +154,9 @@ def _drive(crew: _Crew, queue: Queue, writer: Writer, outcome: Outcome, workers:
 
 def _bury(crew: _Crew, slot: int, error: RayActorError) -> None:
     """Forget a dead actor. RuntimeError where another would die as well: the worker cannot be made."""
-    del crew.actors[slot]
-    if isinstance(error.__cause__, Exception) or "creation task" in str(error):
-        raise RuntimeError(f"the worker could not be made: {error}") from error
+    ray.kill(crew.actors.pop(slot))  # one that is only out of reach would go on with a chunk that is another's now
+    if error.actor_init_failed:
+        raise RuntimeError(f"the worker could not be made: {_short(error)}") from error
     log.warning("worker %d died (%s); starting another", slot, _short(error))
 
 
