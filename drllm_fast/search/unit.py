@@ -45,10 +45,13 @@ class SearchConfig:
     random_child: float = 0.1
     max_length: float = 2.0  # visits, as a multiple of L
     early_stop: bool = True
-    leaves: int = 8  # simulated at once, under virtual loss
+    leaves: int = 4  # simulated at once, under virtual loss
     prior: str = "none"
-    grader: str = "math-verify"
-    control: bool = True  # search towards a given wrong answer as well
+    grader: str = "exact"
+    agree: int = 3  # of the reward "agreement": as many paths must give an answer for it to count
+    control: bool = True  # where the dense path answers wrongly, search towards another wrong answer as well
+    probes: int = 8  # single edits drawn at random, beside the search, for what a static path would do
+    max_new_tokens: int | None = None  # of free answers, instead of the item's own
     options: dict[str, Any] = field(default_factory=dict)  # of the method
 
     def hash(self) -> str:
@@ -88,12 +91,14 @@ class UnitResult:
     predictions: list[str]  # the choice taken, or the text written
     scores: list[list[float]] | None  # log-likelihoods, by path and choice
     best: str  # the path to train on; the dense one where nothing better was found
-    kept: bool  # whether `best` answers rightly and is shorter than dense, or repairs the dense path's answer
-    control_target: str | None  # the wrong answer of the control
+    kept: bool  # whether `best` repairs the dense path's answer, or preserves a right one and is shorter
+    control_target: str | None  # the wrong answer of the control; None where there was no control
     control_reached: bool | None  # whether the same search reached it
-    forwards: int  # paths run, those of the control included
-    visits: int  # block visits run, in sequences
-    visits_alone: int  # what the same paths would have cost one by one
+    probes: list[str]  # single edits, drawn without looking at any outcome
+    probes_correct: list[bool]
+    forwards: int  # paths run, those of the control and the probes included
+    visits: int  # path prefixes run: visits of blocks, for all of these paths together
+    visits_alone: int  # visits of the same paths one by one
     grader: str
     seconds: float
 
