@@ -169,7 +169,8 @@ def _answered(rows: list[Row], form: str | None, drop: bool) -> list[Row]:
     if any(empty) and not drop:
         row = rows[empty.index(True)]
         raise ValueError(
-            f"{sum(empty)} of {len(rows)} rows have an empty answer (the first is {row['id']} of {row['task']}), which no grader can use; answer them, or leave them out with drop_unanswered=True"
+            f"{sum(empty)} of {len(rows)} rows have an empty answer (the first is {row['id']} of {row['task']}), which "
+            "no grader can use; answer them, or leave them out with drop_unanswered=True"
         )
     if not answered:
         raise ValueError(f"none of the {len(rows)} rows has an answer")
