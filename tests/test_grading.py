@@ -64,10 +64,10 @@ CASES = [  # text, answer, right for math-verify, for mathruler
 ]
 
 
+@pytest.mark.parametrize("kind", ["math-verify", "mathruler"])
 @pytest.mark.parametrize(("text", "answer", "by_math_verify", "by_mathruler"), CASES)
-def test_mathematics(text, answer, by_math_verify, by_mathruler):
-    assert grade(needs("math-verify"), text, item(answer)) is by_math_verify
-    assert grade(needs("mathruler"), text, item(answer)) is by_mathruler
+def test_mathematics(text, answer, by_math_verify, by_mathruler, kind):
+    assert grade(needs(kind), text, item(answer)) is (by_math_verify if kind == "math-verify" else by_mathruler)
 
 
 def test_mathruler_is_called_as_the_authors_call_it():
@@ -233,6 +233,14 @@ def test_a_process_killed_from_outside_costs_no_verdict():
         assert not hasattr(os, "getsid") or os.getsid(process.pid) != os.getsid(0)
         process.kill()
         process.wait()
+
+
+def test_the_limit_is_of_a_verdict_and_not_of_the_wait_for_the_next():
+    needs("math-verify")
+    assert grading_process.ask("math-verify", "$8$", "8", limit=1.0) is True
+    process = grading_process._graders["math-verify"].process
+    time.sleep(1.5)
+    assert process.poll() is None
 
 
 def test_an_interrupt_leaves_no_reply_behind(monkeypatch):

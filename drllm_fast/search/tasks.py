@@ -164,12 +164,13 @@ def _content(row: Row) -> tuple[str, tuple[str, ...]]:
 
 
 def _answered(rows: list[Row], form: str | None, drop: bool) -> list[Row]:
-    answered = [row for row in rows if form_of(form or row["form"]).gold(row) != ""]
-    if len(answered) < len(rows) and not drop:
-        row = next(row for row in rows if row not in answered)
+    empty = [form_of(form or row["form"]).gold(row) == "" for row in rows]
+    answered = [row for row, without in zip(rows, empty, strict=True) if not without]
+    if any(empty) and not drop:
+        row = rows[empty.index(True)]
         raise ValueError(
-            f"{len(rows) - len(answered)} of {len(rows)} rows have an empty answer (the first is {row['id']} of "
-            f"{row['task']}), which no grader can use; answer them, or leave them out with drop_unanswered=True"
+            f"{sum(empty)} of {len(rows)} rows have an empty answer (the first is {row['id']} of {row['task']}), which "
+            "no grader can use; answer them, or leave them out with drop_unanswered=True"
         )
     if not answered:
         raise ValueError(f"none of the {len(rows)} rows has an answer")
