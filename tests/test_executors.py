@@ -352,9 +352,7 @@ def test_a_worker_is_given_whole_chunks(store):
 def cluster():
     ray = pytest.importorskip("ray")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": LIGHT}}
-    )
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": LIGHT}})
     yield ray
     ray.shutdown()
 

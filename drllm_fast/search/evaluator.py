@@ -161,9 +161,7 @@ class PathEvaluator:
         return out[plan.order]
 
     # -- free answers
-    def greedy(
-        self, prompt: str, paths: Any, max_new_tokens: int, *, stop: Sequence[str] = ()
-    ) -> list[list[int]]:
+    def greedy(self, prompt: str, paths: Any, max_new_tokens: int, *, stop: Sequence[str] = ()) -> list[list[int]]:
         """For each path the tokens of the model's greedy answer to `prompt`, without the end-of-sequence token; at most
         max_new_tokens, or up to and with the token that completes one of the texts `stop`."""
         return self.greedy_many([(prompt, paths)], max_new_tokens, stop=stop)[0]

@@ -30,7 +30,9 @@ def encode(path: Sequence[int]) -> str:
 def decode(text: str) -> LayerPath:
     """ValueError for anything but the digits 0, 1 and 2."""
     if not text or set(text) - set("012"):
-        raise ValueError(f"not a layer path: {text!r:.80}; expected one digit for each block: 0 skip, 1 execute, 2 repeat")
+        raise ValueError(
+            f"not a layer path: {text!r:.80}; expected one digit for each block: 0 skip, 1 execute, 2 repeat"
+        )
     return tuple(map(int, text))
 
 

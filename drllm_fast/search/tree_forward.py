@@ -46,7 +46,9 @@ class TreeForward:
 
     takes_base = True  # the base model's forward is run as it is, on packed tokens (`swap.routed_base`)
 
-    def __init__(self, owner: object, prompts: Sequence[TokenTrie], tree: PathTree, cache: object, device: torch.device):
+    def __init__(
+        self, owner: object, prompts: Sequence[TokenTrie], tree: PathTree, cache: object, device: torch.device
+    ):
         self.owner, self.prompts, self.tree, self.cache, self.device = owner, prompts, tree, cache, device
         self.visit: TreeVisit | None = None
         self.visits = self.tokens = 0
@@ -135,7 +137,9 @@ class TreeForward:
         visit = self.visit
         visit.attended = True
         if self.cache is not None and (keys is not visit.keys or values is not visit.values):
-            raise NotImplementedError(f"{type(module).__name__} changes keys or values between the cache and the attention")
+            raise NotImplementedError(
+                f"{type(module).__name__} changes keys or values between the cache and the attention"
+            )
         index, new, starts, held = self._segments_of(visit.prompts)
         if index is not None:
             keys, values = keys.index_select(2, index), values.index_select(2, index)
