@@ -1,28 +1,25 @@
-"""The command `drllm-fast`: demo, generate, info. Errors of the user's are one line on stderr and exit status 2."""
+"""The command `drllm-fast`: demo, generate, search, info. Errors of the user's are one line on stderr and exit status 2."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator
-from enum import Enum
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from drllm_fast.cli_models import SMOLLM2, Dtype, check_model, find_device, load_model
 from drllm_fast.cli_policies import POLICY_HELP, Criterion, apply_policy, parse_policy
+from drllm_fast.cli_search import search
 
 if TYPE_CHECKING:
     import torch
 
     from drllm_fast.stats import RoutingStats
-
-SMOLLM2 = "smollm2-135m-instruct"
 
 app = typer.Typer(
     name="drllm-fast",
@@ -31,13 +28,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class Dtype(str, Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -58,7 +48,7 @@ def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"drllm-fast: error: {message}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            typer.echo("drllm-fast: interrupted", err=True)
+            typer.echo(f"drllm-fast: {error}" if str(error) else "drllm-fast: interrupted", err=True)
             raise typer.Exit(130) from error
 
     return wrapped
@@ -125,7 +115,7 @@ def demo(
         output=output,
         rounds=rounds,
         seed=seed,
-        device=_device(device),
+        device=find_device(device),
         dtype=torch.bfloat16 if dtype is Dtype.auto else getattr(torch, dtype.value),
     )
 
@@ -169,7 +159,7 @@ def generate(
 
     import torch
 
-    where = _device(device)
+    where = find_device(device)
     loaded, tokenizer = load_model(model, dtype, where)
     if chat is None:
         chat = tokenizer.chat_template is not None
@@ -196,6 +186,9 @@ def generate(
         plot_plan(stats or plan, plot, labels=prompts)
 
 
+app.command()(clean_errors(search))
+
+
 def _read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -207,67 +200,7 @@ def _read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-# -- model and generation
-def check_model(name: str) -> None:
-    """What can be said of `--model` before anything heavy is loaded. ValueError for a folder that holds no model."""
-    if name.lower() == SMOLLM2:
-        return
-    folder = Path(name)
-    if not folder.is_dir():
-        if name.startswith((".", "/")):
-            raise ValueError(f"--model {name}: no such folder")
-        return
-    if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
-        raise ValueError(f"--model {name}: the folder has no config.json")
-    if not any(any(folder.glob(kind)) for kind in ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")):
-        raise ValueError(f"--model {name}: the folder has no tokenizer (tokenizer.json, tokenizer_config.json ...)")
-
-
-@contextlib.contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """A status line in place of the libraries' bars and retry warnings, and one line for a name that nobody knows."""
-    from huggingface_hub.utils import logging
-    from rich.console import Console
-
-    from drllm_fast.smollm2 import _quiet_transformers
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with Console(stderr=True).status(f"Loading {name}"), _quiet_transformers():
-            yield
-    except OSError as error:
-        if "/" in name or Path(name).is_dir():
-            raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise OSError(
-            f"--model {name}: no such folder, and not found on the Hub ({reason}); the bundled model is {SMOLLM2}"
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def load_model(name: str, dtype: Dtype, device: str) -> tuple[Any, Any]:
-    """The model, in eval mode on `device`, and its tokenizer, set to pad on the left."""
-    import torch
-
-    wanted = "auto" if dtype is Dtype.auto else getattr(torch, dtype.value)
-    if name.lower() == SMOLLM2:
-        from drllm_fast.smollm2 import load_smollm2
-
-        model, tokenizer = load_smollm2(torch.bfloat16 if wanted == "auto" else wanted)
-        return model.to(device), tokenizer
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with _loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return model.to(device).eval(), tokenizer
-
-
+# -- generation
 def _run(
     model: Any, tokenizer: Any, prompts: list[str], chat: bool, batch_size: int, max_new_tokens: int, temperature: float
 ) -> tuple[list[str], RoutingStats | None]:
@@ -338,19 +271,6 @@ def _as_json(
     names = ("visits_run", "visits_dense", "share", "kv_bytes", "kv_bytes_dense")
     totals = {name: getattr(stats, name) for name in names} if stats else {**dict.fromkeys(names), "share": 1.0}
     return {"model": model, "policy": policy, "budget": budget, "results": rows, "totals": totals}
-
-
-def _device(name: str) -> str:
-    """The device to run on. ValueError for one that is not there."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,2})?", name):
-        raise ValueError(f"--device {name}: write auto, cpu, cuda or cuda:N")
-    if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
-    return name
 
 
 def _check_budget(budget: float) -> None:

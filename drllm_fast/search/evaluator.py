@@ -1,7 +1,7 @@
 """Scoring many layer paths of a prompt at once, exactly: what paths share is run once.
 
-A forward is a tree of path prefixes (`path_tree`), its rows are trees of tokens (`token_trie`), and the states it leaves
-behind serve the next one (`prefix_store`).
+A forward is a tree of path prefixes (`path_tree`), its rows are trees of tokens (`token_trie`), and the states that it
+leaves behind serve the next one (`prefix_store`).
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
                lucky path among many is little evidence
     margin     log-likelihood of the right choice minus the best other one's
     loglik     log-likelihood of the right choice, or of the right answer's tokens where there are no choices
-    kl         -KL(dense || path) of the next token's distribution, over the tokens of the choices or of the right answer.
-               Needs no label: correct is the dense path's own answer
+    kl         -KL(dense || path) of the next token's distribution, over the tokens of the choices or of the right
+               answer. Correct is the dense path's own answer, so that with choices no label is needed
 
 Multiple choice takes the choice of the largest sum of log-likelihoods; a free answer is graded.
 """

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drllm_fast.search.path_tree import PathTree, Prefix
+from drllm_fast.search.path_tree import PathTree
 from drllm_fast.search.token_trie import TokenTrie
 
 

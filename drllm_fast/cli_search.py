@@ -1,0 +1,232 @@
+"""`drllm-fast search`: from a task to stored paths and their report."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from drllm_fast.cli_models import SMOLLM2, Dtype, check_model, find_device, load_model
+
+
+class Method(str, Enum):
+    mcts = "mcts"
+    beam = "beam"
+    policy_gradient = "policy-gradient"
+    random = "random"
+    chain = "chain"
+
+
+class Reward(str, Enum):
+    exact = "exact"
+    agreement = "agreement"
+    margin = "margin"
+    loglik = "loglik"
+    kl = "kl"
+
+
+class Executor(str, Enum):
+    local = "local"
+    torchrun = "torchrun"
+    ray = "ray"
+
+
+class StoreKind(str, Enum):
+    auto = "auto"
+    sqlite = "sqlite"
+    parquet = "parquet"
+
+
+@dataclass(frozen=True)
+class WorkerMaker:
+    """Makes a worker, in whatever process it is sent to."""
+
+    model: str
+    dtype: str
+    device: str
+    threads: int | None
+    config: Any
+    model_hash: str
+    seed: int
+    together: int
+    state_bytes: int
+
+    def load(self) -> tuple[Any, Any]:
+        import torch
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        return load_model(self.model, Dtype(self.dtype), find_device(self.device))
+
+    def __call__(self, loaded: tuple[Any, Any] | None = None) -> Any:
+        from drllm_fast.search.evaluator import PathEvaluator
+        from drllm_fast.search.priors import edit_prior
+        from drllm_fast.search.worker import SearchWorker
+
+        model, tokenizer = loaded or self.load()
+        return SearchWorker(
+            PathEvaluator(model, tokenizer, store_bytes=self.state_bytes),
+            self.config,
+            model_hash=self.model_hash,
+            seed=self.seed,
+            prior=edit_prior(model, tokenizer, self.config.prior),
+            together=self.together,
+        )
+
+
+def search(
+    model: Annotated[str, typer.Option(help=f"Model folder or hub id; {SMOLLM2} is the one of the demo.")],
+    task: Annotated[
+        str, typer.Option(help="FILE.jsonl[.gz] | synth_arith[:LEVELS] | hf:DATASET[:CONFIG][:SPLIT]; see the README.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on where it stopped.")],
+    method: Annotated[Method, typer.Option(help="How paths are looked for.")] = Method.mcts,
+    simulations: Annotated[int, typer.Option(min=0, help="Paths tried for a prompt, at most.")] = 50,
+    reward: Annotated[Reward, typer.Option(help="What a path is worth; see drllm_fast.search.rewards.")] = Reward.exact,
+    executor: Annotated[Executor, typer.Option(help="local, a rank of torchrun, or Ray actors.")] = Executor.local,
+    workers: Annotated[int, typer.Option(min=1, help="Ray actors.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
+    levels: Annotated[str | None, typer.Option(help="Only these levels: 1-2 or 1,4.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Solved examples; default: as the task has it.")] = None,
+    examples: Annotated[str | None, typer.Option(help="Another task to take solved examples from.")] = None,
+    form: Annotated[str | None, typer.Option(help="Prompt form, instead of the task's.")] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(help="question=COLUMN, choices=COLUMN, answer=COLUMN of other data.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the chat template.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a free answer.")] = None,
+    grader: Annotated[str, typer.Option(help="Of free answers; auto is what suits the task.")] = "auto",
+    control: Annotated[bool, typer.Option(help="Search towards a wrong answer, too, for comparison.")] = True,
+    early_stop: Annotated[bool, typer.Option(help="Stop a search as the paper does.")] = True,
+    probes: Annotated[int, typer.Option(min=0, help="Single edits drawn at random for each prompt.")] = 8,
+    agree: Annotated[int, typer.Option(min=1, help="Paths that must agree, for the reward agreement.")] = 3,
+    prior: Annotated[str, typer.Option(help="Which edits come first: none, block-influence or cka.")] = "none",
+    exploration: Annotated[float, typer.Option(help="c of the UCB formula.")] = 1.8,
+    length_penalty: Annotated[float, typer.Option(help="lambda of the UCB formula.")] = 3.0,
+    random_child: Annotated[float, typer.Option(help="Probability of a random child.")] = 0.1,
+    max_length: Annotated[float, typer.Option(help="Visits of a path at most, as a multiple of L.")] = 2.0,
+    leaves: Annotated[int, typer.Option(min=1, help="Paths that one search tries at once.")] = 4,
+    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, an option of the method.")] = None,
+    together: Annotated[int, typer.Option(min=1, help="Prompts searched side by side in a worker.")] = 16,
+    state_memory: Annotated[float, typer.Option(min=0, help="GB of states kept between forwards.")] = 1.0,
+    store: Annotated[StoreKind, typer.Option(help="auto: Parquet on shared disks, else SQLite.")] = StoreKind.auto,
+    ray_address: Annotated[str | None, typer.Option(help="Of a Ray cluster; by default one of its own.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the search and of drawn examples.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="auto is the checkpoint's own.")] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch in each worker.")] = None,
+) -> None:
+    """Search layer paths for the prompts of a task, store them, and report what was found."""
+    from drllm_fast.search.prompts import grader_of
+    from drllm_fast.search.unit import SearchConfig
+
+    check_model(model)
+    config = SearchConfig(
+        method=method.value, simulations=simulations, reward=reward.value, exploration=exploration,
+        length_penalty=length_penalty, random_child=random_child, max_length=max_length, early_stop=early_stop,
+        leaves=leaves, prior=prior, grader=grader, agree=agree, control=control, probes=probes,
+        max_new_tokens=max_new_tokens, options=dict(map(_option, option or [])),
+    )  # fmt: skip
+    from drllm_fast.search.tasks import load_task
+
+    loader = WorkerMaker(model, dtype.value, device, threads, config, "", seed, together, int(state_memory * 1e9))
+    loaded = None
+    if chat:  # the template is the tokenizer's
+        loaded = loader.load()
+    given = {
+        "shots": shots, "levels": levels, "seed": seed, "form": form, "examples": examples, "chat": chat,
+        "fields": dict(_pair(text, "--field") for text in field) if field else None,
+    }  # fmt: skip
+    items = load_task(task, tokenizer=loaded and loaded[1], limit=limit, **given)
+    if grader == "auto":
+        config = _with_grader(config, {grader_of(form or item.task) for item in items if item.choices is None})
+    run_search(
+        loader,
+        loaded,
+        config,
+        items,
+        given | {"task": Path(task).name},
+        output,
+        executor.value,
+        workers,
+        store.value,
+        ray_address,
+    )
+
+
+def run_search(loader, loaded, config, items, task, output, executor, workers, store_kind, ray_address) -> None:
+    """Search the items into `output`, print and write the report."""
+    from dataclasses import replace
+
+    from drllm_fast import fingerprint
+    from drllm_fast.search.executors import run_local, run_ranks
+    from drllm_fast.search.grading import check_grader
+    from drllm_fast.search.manifest import Manifest
+    from drllm_fast.search.progress import shown
+    from drllm_fast.search.rewards import check_reward
+    from drllm_fast.search.store import open_store
+    from drllm_fast.search.work import unfinished, work_units
+
+    check_grader(config.grader)
+    for item in items:
+        check_reward(config, item)
+    loaded = loaded or loader.load()
+    manifest = Manifest.of(
+        model=loader.model, fingerprint=fingerprint.fingerprint(loaded[0]), config=config, task=task, seed=loader.seed
+    )
+    with open_store(output, manifest, store_kind, check=functools.partial(fingerprint.check, loaded[0])) as store:
+        make = replace(loader, config=config, model_hash=store.manifest.model_hash)
+        units = work_units(items, store.manifest.model_hash, config, loader.seed)
+        found = len(units) - len(unfinished(units, store.done()))
+        typer.echo(
+            f"{len(units)} prompts of {task['task']}, {found} searched before, into {output} ({store.kind})", err=True
+        )
+        with shown(len(units), found) as progress:
+            shared = {
+                "chunk": 8 * loader.together if executor == "local" else 2 * loader.together,
+                "progress": progress,
+            }
+            if executor == "ray":
+                from drllm_fast.search.ray_executor import run_ray
+
+                loaded = None  # the actors load their own
+                gpus = 1.0 if str(find_device(loader.device)).startswith("cuda") else 0.0
+                outcome = run_ray(make, units, store, workers=workers, address=ray_address, num_gpus=gpus, **shared)
+            else:
+                run = run_local if executor == "local" else run_ranks
+                outcome = run(functools.partial(make, loaded), units, store, **shared)
+        if outcome.complete:
+            _report(store, output)
+
+
+def _report(store: Any, output: Path) -> None: ...
+
+
+def _with_grader(config: Any, graders: set[str]) -> Any:
+    from dataclasses import replace
+
+    if len(graders) > 1:
+        raise ValueError(
+            f"the task's answers want different graders ({', '.join(sorted(graders))}); choose one: --grader"
+        )
+    return replace(config, grader=graders.pop() if graders else "exact")
+
+
+def _pair(text: str, name: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key or not value:
+        raise typer.BadParameter(f"{name} {text}: write NAME=VALUE")
+    return key, value
+
+
+def _option(text: str) -> tuple[str, Any]:
+    key, value = _pair(text, "--option")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
