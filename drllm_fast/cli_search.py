@@ -204,7 +204,9 @@ def run_search(loader, loaded, config, items, task, output, executor, workers, s
             _report(store, output)
 
 
-def _report(store: Any, output: Path) -> None: ...
+def _report(store: Any, output: Path) -> None:
+    rows = store.export(output / "paths.parquet")
+    typer.echo(f"{rows} prompts in {output / 'paths.parquet'}", err=True)
 
 
 def _with_grader(config: Any, graders: set[str]) -> Any:
