@@ -114,6 +114,14 @@ def test_without_early_stop_it_goes_on():
         assert search.done == left
 
 
+def test_the_largest_length_is_reached():
+    """1.15 times 20 is less than 23 in floating point."""
+    weights = [(0.0, 1.0)] * 20
+    config = SearchConfig(method="chain", simulations=20, early_stop=False, max_length=1.15, prior="cka")
+    _, asked = run(FLAT, config, 0, num_layers=20, prior=weights)
+    assert max(map(visits, asked)) == 23
+
+
 def test_no_simulations():
     search = search_of(simulations=0)
     assert search.done and search.ask(4) == []

@@ -36,14 +36,14 @@ MUTANTS = [
     ),
     (  # no virtual loss
         "drllm_fast/search/mcts.py",
-        "            node.waiting += 1\n",
-        "            node.waiting += 0\n",
+        "count = child.visits + child.waiting",
+        "count = child.visits",
         f"{ALGORITHMS} -k diverse",
     ),
     (  # a told path still waits
         "drllm_fast/search/mcts.py",
-        "            node.waiting -= 1\n",
-        "",
+        "node.waiting -= 1",
+        "node.waiting -= 0",
         f"{ALGORITHMS} -k add_up",
     ),
     (  # virtual visits lower no mean
