@@ -106,6 +106,19 @@ def test_early_stop(method, dense_correct):
     assert search.ask(4) == []
 
 
+def test_a_saving_of_one_visit_stops_nothing():
+    search = search_of(dense=(1.0, True), simulations=300)
+    while not search.done:
+        (path,) = search.ask(1)
+        search.tell(path, Outcome(1.0, visits(path) == LAYERS - 1))
+    assert search.asked == 300
+    search = search_of(dense=(1.0, True), simulations=300)
+    while not search.done:
+        (path,) = search.ask(1)
+        search.tell(path, Outcome(1.0, visits(path) == LAYERS - 2))
+    assert visits(path) == LAYERS - 2
+
+
 def test_without_early_stop_it_goes_on():
     search = search_of(simulations=2, early_stop=False)
     for left in (False, True):
@@ -357,8 +370,9 @@ def test_the_beam_edits_the_best():
         level = asked[start : start + 10]
         assert all(any(path in edits(parent) for parent in beam) for path in level)
         beam = sorted(beam + level, key=scape.value, reverse=True)[:2]
-    exact, asked = run(FLAT, replace(config, simulations=20), 1)
-    assert all(sum(path) < LAYERS + 3 for path in exact._beam)  # of equal rewards, the shorter
+    search, asked = run(FLAT, replace(config, simulations=20), 1)
+    shortest = sorted(map(visits, [dense_path(LAYERS), *asked[:15]]))[:2]  # before the last level
+    assert sorted(map(visits, search._beam)) == shortest  # of equal rewards, the shorter
 
 
 @given(st.lists(st.lists(st.floats(-9, 9), min_size=3, max_size=3), min_size=1, max_size=8), st.floats(0.05, 2))

@@ -116,7 +116,7 @@ MUTANTS = [
         "drllm_fast/search/base.py",
         "saved >= EARLY_STOP_SAVING",
         "saved > 0",
-        f"{ALGORITHMS} -k early_stop",
+        f"{ALGORITHMS} -k saving",
     ),
     (  # a repaired answer is not enough
         "drllm_fast/search/base.py",
