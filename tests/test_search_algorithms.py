@@ -106,12 +106,30 @@ def test_early_stop(method, dense_correct):
     assert search.ask(4) == []
 
 
+@pytest.mark.parametrize("saved", [1, 2])
+def test_a_saving_of_one_visit_stops_nothing(saved):
+    search, tried = search_of("random", dense=(1.0, True), simulations=100), []
+    while not search.done:
+        (path,) = search.ask(1)
+        tried.append(LAYERS - visits(path))
+        search.tell(path, Outcome(1.0, tried[-1] == saved))
+    assert saved in tried and (len(tried) == 100) == (saved == 1)
+
+
 def test_without_early_stop_it_goes_on():
     search = search_of(simulations=2, early_stop=False)
     for left in (False, True):
         (path,) = search.ask(1)
         search.tell(path, Outcome(1.0, True))
         assert search.done == left
+
+
+def test_the_largest_length_is_reached():
+    """1.15 times 20 is less than 23 in floating point."""
+    weights = [(0.0, 1.0)] * 20
+    config = SearchConfig(method="chain", simulations=20, early_stop=False, max_length=1.15, prior="cka")
+    _, asked = run(FLAT, config, 0, num_layers=20, prior=weights)
+    assert max(map(visits, asked)) == 23
 
 
 def test_no_simulations():
@@ -349,8 +367,9 @@ def test_the_beam_edits_the_best():
         level = asked[start : start + 10]
         assert all(any(path in edits(parent) for parent in beam) for path in level)
         beam = sorted(beam + level, key=scape.value, reverse=True)[:2]
-    exact, asked = run(FLAT, replace(config, simulations=20), 1)
-    assert all(sum(path) < LAYERS + 3 for path in exact._beam)  # of equal rewards, the shorter
+    search, asked = run(FLAT, replace(config, simulations=20), 1)
+    shortest = sorted(map(visits, [dense_path(LAYERS), *asked[:15]]))[:2]  # before the last level
+    assert sorted(map(visits, search._beam)) == shortest  # of equal rewards, the shorter
 
 
 @given(st.lists(st.lists(st.floats(-9, 9), min_size=3, max_size=3), min_size=1, max_size=8), st.floats(0.05, 2))

@@ -1,8 +1,8 @@
 """What every search keeps: the paths asked and told, how many may still be asked, and when to stop.
 
-A method gives `_propose`, the next path to evaluate, and `_learn`, what to make of an outcome. Early stop follows the
-paper (arXiv 2510.12773): at the first correct path where the dense path answers wrongly, else at a correct path at
-least 2 visits shorter than the dense one.
+A method gives `_start`, its set-up, `_propose`, the next path to evaluate, and `_learn`, what to make of an outcome.
+Early stop follows the paper (arXiv 2510.12773): at the first correct path where the dense path answers wrongly, else at
+a correct path at least 2 visits shorter than the dense one.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ class BaseSearch:
         self.told: dict[LayerPath, Outcome] = {self.dense: dense}
         self.pending: dict[LayerPath, None] = {}
         self.asked = 0
-        self._longest = config.max_length * num_layers
+        self._longest = math.floor(config.max_length * num_layers + 1e-9)  # 1.15 * 20 is below 23
         self._stopped = False
         self._exhausted = False
+        self._start()
 
     @property
     def done(self) -> bool:
@@ -93,6 +94,9 @@ class BaseSearch:
             saved = self.num_layers - visits(path)
             self._stopped |= not self.told[self.dense].correct or saved >= EARLY_STOP_SAVING
         self._learn(path, outcome)
+
+    def _start(self) -> None:
+        """The method's own set-up, and ValueError for its options."""
 
     def _propose(self) -> LayerPath | None:
         """A path neither told nor pending; None where there is none now."""

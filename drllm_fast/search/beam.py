@@ -21,8 +21,7 @@ class BeamSearch(BaseSearch):
 
     OPTIONS = {"width": 4, "depth": 10}
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def _start(self) -> None:
         at_least(self.config, self.options, width=1, depth=1)
         self._untried: dict[LayerPath, list[LayerPath]] = {}
         self._turn = 0

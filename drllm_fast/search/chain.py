@@ -17,8 +17,7 @@ class ChainSearch(BaseSearch):
     OPTIONS = {"restart": False}
     MAX_FRUITLESS = 100  # chains in a row without a new path
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def _start(self) -> None:
         self._end = self.dense
 
     def _propose(self) -> LayerPath | None:

@@ -59,8 +59,7 @@ class TreeSearch(BaseSearch):
 
     OPTIONS = {"widening": 0.7, "widening_power": 0.5, "learn_order": True}
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def _start(self) -> None:
         at_least(self.config, self.options, widening=0, widening_power=0)
         self.nodes: dict[LayerPath, Node] = {}
         self.root = self._node(self.dense)

@@ -34,8 +34,7 @@ class PolicyGradientSearch(BaseSearch):
     OPTIONS = {"budget": 1.0, "learning_rate": 0.3, "edited": 0.15}
     MAX_FRUITLESS = 1000
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def _start(self) -> None:
         if not 0 < self.options["budget"] <= 2:
             raise ValueError(f"option 'budget' must be above 0 and up to 2, got {self.options['budget']}")
         if not 0 < self.options["edited"] < 1:

@@ -12,8 +12,7 @@ class RandomSearch(BaseSearch):
     OPTIONS = {"edits": 8}
     MAX_FRUITLESS = 1000
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def _start(self) -> None:
         at_least(self.config, self.options, edits=1)
 
     def _propose(self) -> LayerPath | None:

@@ -36,14 +36,14 @@ MUTANTS = [
     ),
     (  # no virtual loss
         "drllm_fast/search/mcts.py",
-        "            node.waiting += 1\n",
-        "            node.waiting += 0\n",
+        "count = child.visits + child.waiting",
+        "count = child.visits",
         f"{ALGORITHMS} -k diverse",
     ),
     (  # a told path still waits
         "drllm_fast/search/mcts.py",
-        "            node.waiting -= 1\n",
-        "",
+        "node.waiting -= 1",
+        "node.waiting -= 0",
         f"{ALGORITHMS} -k add_up",
     ),
     (  # virtual visits lower no mean
@@ -116,7 +116,7 @@ MUTANTS = [
         "drllm_fast/search/base.py",
         "saved >= EARLY_STOP_SAVING",
         "saved > 0",
-        f"{ALGORITHMS} -k early_stop",
+        f"{ALGORITHMS} -k saving",
     ),
     (  # a repaired answer is not enough
         "drllm_fast/search/base.py",
