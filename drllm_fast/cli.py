@@ -1,4 +1,4 @@
-"""The command `drllm-fast`: demo, generate, search, info. Errors of the user's are one line on stderr and exit status 2."""
+"""The command `drllm-fast`: demo, generate, search, info. A user's errors are one line on stderr and exit status 2."""
 
 from __future__ import annotations
 

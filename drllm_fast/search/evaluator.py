@@ -7,9 +7,9 @@ leaves behind serve the next one (`prefix_store`).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ from drllm_fast.decoder import routable_decoder, unwrap
 from drllm_fast.enable import disable_dynamic_routing, enable_dynamic_routing
 from drllm_fast.influence import evaluating
 from drllm_fast.policies import as_plan, check_length
+from drllm_fast.search.batches import EncodedPrompt, Piece, batches
 from drllm_fast.search.path_tree import PathTree, Prefix
 from drllm_fast.search.paths import LayerPath, visits
 from drllm_fast.search.prefix_store import PrefixStore
-from drllm_fast.search.token_trie import TokenTrie
 from drllm_fast.search.tokens import encode_pair, encode_prompt
 from drllm_fast.search.tree_decode import decode, fill_cache
 from drllm_fast.search.tree_forward import TreeForward
@@ -52,37 +52,6 @@ class EvaluatorStats:
     visits: int = 0
     visits_alone: int = 0
     restored: int = 0
-
-
-class _Prompt:
-    """The tokens of a prompt: its trie, and what is to be predicted where.
-
-    at       numbers of the trie's tokens whose predictions are wanted, each once
-    targets  (index into `at`, token id, choice) of each token of each choice
-    """
-
-    def __init__(self, pairs: Sequence[tuple[list[int], list[int]]]):
-        self.trie = TokenTrie([[*context, *answer[:-1]] if answer else context for context, answer in pairs])
-        rank: dict[int, int] = {}
-        self.targets: list[tuple[int, int, int]] = []
-        for choice, ((context, answer), nodes) in enumerate(zip(pairs, self.trie.nodes, strict=True)):
-            for step, token in enumerate(answer):
-                node = nodes[len(context) - 1 + step]
-                self.targets.append((rank.setdefault(node, len(rank)), token, choice))
-            if not answer:
-                rank.setdefault(nodes[-1], len(rank))
-        self.at = list(rank)
-        self.choices = len(pairs)
-
-
-@dataclass
-class _Piece:
-    """Paths of one prompt in one forward; `request` and `places` say where their results go."""
-
-    prompt: _Prompt
-    paths: list[LayerPath]
-    request: int
-    places: list[int] = field(default_factory=list)
 
 
 class PathEvaluator:
@@ -116,7 +85,7 @@ class PathEvaluator:
             raise ValueError(f"max_tokens and max_logits must be positive, got {max_tokens} and {max_logits}")
         self.max_tokens, self.max_logits = max_tokens, max_logits
         self.stats = EvaluatorStats()
-        self._prompts: OrderedDict[tuple, _Prompt] = OrderedDict()
+        self._prompts: OrderedDict[tuple, EncodedPrompt] = OrderedDict()
 
     @property
     def device(self) -> torch.device:
@@ -138,13 +107,14 @@ class PathEvaluator:
         """`score_choices` of several prompts, in shared forwards."""
         prompts = [self._choices(context, choices) for context, choices, _ in requests]
         plans = [self._paths(paths) for _, _, paths in requests]
-        out = [torch.zeros(len(p.distinct), q.choices) for p, q in zip(plans, prompts, strict=True)]
-        for pieces in self._batches(prompts, plans):
+        out = [torch.zeros(len(plan), prompt.choices) for plan, prompt in zip(plans, prompts, strict=True)]
+        for pieces in batches(prompts, plans, self.max_tokens):
             for piece, row, logp in self._log_probs(pieces):
                 index, tokens, choice = torch.tensor(piece.prompt.targets, device=logp.device).T
-                sums = out[piece.request][piece.places[row]]
-                sums.index_add_(0, choice.cpu(), logp[index, tokens].cpu())
-        return [scores[plan.order] for scores, plan in zip(out, plans, strict=True)]
+                scores = torch.zeros(piece.prompt.choices).index_add_(0, choice.cpu(), logp[index, tokens].cpu())
+                for request, place in piece.places[row]:
+                    out[request][place] = scores
+        return out
 
     def divergence(self, context: str, choices: Sequence[str], paths: Any) -> Tensor:
         """float32 [P]: KL(dense || path) of the model's distributions of the next token, in nats, its mean over the
@@ -152,13 +122,15 @@ class PathEvaluator:
         prompt, plan = self._choices(context, choices), self._paths(paths)
         dense = (1,) * self.num_layers
         reference: Tensor | None = None
-        for _, _, logp in self._log_probs([_Piece(prompt, [dense], 0, [0])], count=False):
+        for _, _, logp in self._log_probs([Piece(prompt, [dense], [[]])], count=False):
             reference = logp
-        out = torch.zeros(len(plan.distinct))
-        for pieces in self._batches([prompt], [plan]):
+        out = torch.zeros(len(plan))
+        for pieces in batches([prompt], [plan], self.max_tokens):
             for piece, row, logp in self._log_probs(pieces):
-                out[piece.places[row]] = (reference.exp() * (reference - logp)).sum(-1).mean()
-        return out[plan.order]
+                kl = (reference.exp() * (reference - logp)).sum(-1).mean()
+                for _, place in piece.places[row]:
+                    out[place] = kl
+        return out
 
     # -- free answers
     def greedy(self, prompt: str, paths: Any, max_new_tokens: int, *, stop: Sequence[str] = ()) -> list[list[int]]:
@@ -174,24 +146,25 @@ class PathEvaluator:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         prompts = [self._free(prompt, max_new_tokens) for prompt, _ in requests]
         plans = [self._paths(paths) for _, paths in requests]
-        out: list[list[list[int]]] = [[[] for _ in plan.distinct] for plan in plans]
-        for pieces in self._batches(prompts, plans):
-            cache, first = self._prefill(pieces)
+        out: list[list[list[int]]] = [[[] for _ in plan] for plan in plans]
+        for pieces in batches(prompts, plans, self.max_tokens):
             with self._routed(), torch.inference_mode():
+                cache, first = self._prefill(pieces)
                 answers = decode(self.top, self.tokenizer, cache, first, max_new_tokens, stop)
-            places = [(piece.request, place) for piece in pieces for place in piece.places]
-            for (request, place), answer in zip(places, answers, strict=True):
-                out[request][place] = answer
-        return [[answers[i] for i in plan.order] for answers, plan in zip(out, plans, strict=True)]
+            rows = [places for piece in pieces for places in piece.places]
+            for places, answer in zip(rows, answers, strict=True):
+                for request, place in places:
+                    out[request][place] = list(answer)
+        return out
 
     def forget(self, context: str, choices: Sequence[str] | None = None) -> None:
         """Drop the states kept for a prompt that will not come back."""
         prompt = self._prompts.pop((context, None if choices is None else tuple(choices)), None)
         if prompt is not None:
-            self.store.forget(prompt)
+            self._forget(prompt)
 
     # -- inside
-    def _choices(self, context: str, choices: Sequence[str]) -> _Prompt:
+    def _choices(self, context: str, choices: Sequence[str]) -> EncodedPrompt:
         if isinstance(choices, str) or not choices:
             raise ValueError(f"choices must be a list of one or more texts, got {choices!r:.80}")
 
@@ -204,49 +177,35 @@ class PathEvaluator:
 
         return self._remembered((context, tuple(choices)), make, 0)
 
-    def _free(self, prompt: str, room: int) -> _Prompt:
+    def _free(self, prompt: str, room: int) -> EncodedPrompt:
         return self._remembered((prompt, None), lambda: [(encode_prompt(self.tokenizer, prompt), [])], room)
 
-    def _remembered(self, key: tuple, make: Any, room: int) -> _Prompt:
+    def _remembered(self, key: tuple, make: Any, room: int) -> EncodedPrompt:
         if key not in self._prompts:
-            pairs = make()
-            longest = max(len(context) + max(0, len(answer) - 1) for context, answer in pairs) + room
-            limit = getattr(self.decoder.config, "max_position_embeddings", None)
-            if limit is not None and longest > limit:
-                raise ValueError(
-                    f"a prompt of {longest} tokens (room for its answer included) exceeds the model's {limit} "
-                    f"positions; shorten it: {key[0]!r:.80}"
-                )
-            self._prompts[key] = _Prompt(pairs)
+            self._prompts[key] = EncodedPrompt(make())
             while len(self._prompts) > PROMPTS:
                 _, old = self._prompts.popitem(last=False)
-                self.store.forget(old)
+                self._forget(old)
         self._prompts.move_to_end(key)
-        return self._prompts[key]
+        prompt = self._prompts[key]
+        limit = getattr(self.decoder.config, "max_position_embeddings", None)
+        if limit is not None and max(prompt.trie.positions) + 1 + room > limit:
+            raise ValueError(
+                f"a prompt of {max(prompt.trie.positions) + 1} tokens{f' and {room} of its answer' if room else ''} "
+                f"exceeds the model's {limit} positions; shorten it: {key[0]!r:.80}"
+            )
+        return prompt
 
-    def _paths(self, paths: Any) -> _Plan:
+    def _paths(self, paths: Any) -> list[LayerPath]:
         plan = as_plan(paths)
         check_length(plan, self.num_layers)
-        return _Plan(map(tuple, (plan.unsqueeze(0) if plan.ndim == 1 else plan).tolist()))
+        return list(map(tuple, (plan.unsqueeze(0) if plan.ndim == 1 else plan).tolist()))
 
-    def _batches(self, prompts: Sequence[_Prompt], plans: Sequence[_Plan]) -> Iterator[list[_Piece]]:
-        """The requests as forwards of at most `max_tokens` tokens; paths that begin alike stay together."""
-        pieces: list[_Piece] = []
-        tokens = 0
-        for request, (prompt, plan) in enumerate(zip(prompts, plans, strict=True)):
-            for path in sorted(plan.distinct):
-                if pieces and tokens + len(prompt.trie) > self.max_tokens:
-                    yield pieces
-                    pieces, tokens = [], 0
-                if not pieces or pieces[-1].request != request:
-                    pieces.append(_Piece(prompt, [], request))
-                pieces[-1].paths.append(path)
-                pieces[-1].places.append(plan.distinct[path])
-                tokens += len(prompt.trie)
-        if pieces:
-            yield pieces
+    def _forget(self, prompt: EncodedPrompt) -> None:
+        for with_keys in (False, True):
+            self.store.forget((prompt, with_keys))
 
-    def _start(self, pieces: Sequence[_Piece], cache: object, count: bool) -> tuple[TreeForward, list[list[Prefix]]]:
+    def _start(self, pieces: Sequence[Piece], cache: object, count: bool) -> TreeForward:
         starts, alone = [], 0
         for q, piece in enumerate(pieces):
             root = Prefix((), None, q)
@@ -281,7 +240,7 @@ class PathEvaluator:
         finally:
             ACTIVE.reset(token)
 
-    def _log_probs(self, pieces: list[_Piece], count: bool = True) -> Iterator[tuple[_Piece, int, Tensor]]:
+    def _log_probs(self, pieces: list[Piece], count: bool = True) -> Iterator[tuple[Piece, int, Tensor]]:
         """Run the pieces; for each and each of its paths: log-probabilities float32 [n, V] at the prompt's places."""
         with self._routed(), torch.inference_mode():
             run = self._start(pieces, None, count)
@@ -299,21 +258,20 @@ class PathEvaluator:
                         yield piece, row, some.log_softmax(-1, dtype=torch.float32)
             self._keep(run, pieces, with_keys=False, count=count)
 
-    def _prefill(self, pieces: list[_Piece]) -> tuple[RoutedCache, Tensor]:
+    def _prefill(self, pieces: list[Piece]) -> tuple[RoutedCache, Tensor]:
         """A cache that holds each path of each piece as a row, and the logits [rows, V] after the prompt."""
-        with self._routed(), torch.inference_mode():
-            cache = RoutedCache(self.decoder.config)
-            run = self._start(pieces, cache, True)
-            offsets = _offsets(run)
-            last = [offsets[q][path] + p.prompt.at[0] for q, p in enumerate(pieces) for path in p.paths]
-            logits = self._run(run, torch.tensor(last, device=self.device))[0]
-            leaves = [run.tree.leaves[q][path] for q, p in enumerate(pieces) for path in p.paths]
-            lengths = [len(p.prompt.trie) for p in pieces for _ in p.paths]
-            fill_cache(cache, self.decoder, leaves, lengths)
-            self._keep(run, pieces, with_keys=True, count=True)
-            return cache, logits
+        cache = RoutedCache(self.decoder.config)
+        run = self._start(pieces, cache, True)
+        offsets = _offsets(run)
+        last = [offsets[q][path] + p.prompt.at[0] for q, p in enumerate(pieces) for path in p.paths]
+        logits = self._run(run, torch.tensor(last, device=self.device))[0]
+        leaves = [run.tree.leaves[q][path] for q, p in enumerate(pieces) for path in p.paths]
+        lengths = [len(p.prompt.trie) for p in pieces for _ in p.paths]
+        fill_cache(cache, self.decoder, leaves, lengths)
+        self._keep(run, pieces, with_keys=True, count=True)
+        return cache, logits
 
-    def _keep(self, run: TreeForward, pieces: list[_Piece], with_keys: bool, count: bool) -> None:
+    def _keep(self, run: TreeForward, pieces: list[Piece], with_keys: bool, count: bool) -> None:
         if count:
             self.stats.visits += run.visits
         fresh: list[list[Prefix]] = [[] for _ in pieces]
@@ -338,14 +296,6 @@ class PathEvaluator:
             routing.last = last
             if own:
                 disable_dynamic_routing(self.top)
-
-
-class _Plan:
-    """The paths of one request: each distinct one with its number, and for each given one that number."""
-
-    def __init__(self, paths: Iterable[LayerPath]):
-        self.distinct: dict[LayerPath, int] = {}
-        self.order = [self.distinct.setdefault(path, len(self.distinct)) for path in paths]
 
 
 def _offsets(run: TreeForward) -> list[dict[LayerPath, int]]:

@@ -37,7 +37,7 @@ class PrefixStore:
 
     def keep(self, prompt: Hashable, fresh: Sequence[Prefix], used: Sequence[Prefix]) -> None:
         """Keep the `fresh` states of a forward, copied out of its tensors: the shallowest first where not all have
-        room, since most paths share those. `used`: the whole paths it ran, which end the chains of all states it touched."""
+        room, since most paths share those. `used`: the whole paths it ran; they and all they extend are recent now."""
         room, chosen = self.max_bytes, []
         for prefix in sorted(fresh, key=lambda p: len(p.path)):
             room -= prefix.bytes()

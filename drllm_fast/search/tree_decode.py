@@ -1,5 +1,5 @@
-"""Greedy decoding of the rows of a path tree: their keys and values become a routed cache, and from there every row is a
-sequence of its own."""
+"""Greedy decoding of the rows of a path tree: their keys and values become a routed cache, and from there every row is
+a sequence of its own."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ import random
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from drllm_fast.search.base import BlockWeights, Outcome
 from drllm_fast.search.evaluator import PathEvaluator
@@ -219,13 +218,3 @@ class ItemSearch:
         if len(right) < aim.agreement.needed:
             return self.dense
         return min(right, key=lambda path: (visits(path), -aim.told[path].reward))
-
-
-def make_worker(load: Any, config: SearchConfig, *, model_hash: str, seed: int, together: int, **options: Any) -> Any:
-    """A maker of workers that can be sent to other processes; `load()` gives model and tokenizer."""
-    from drllm_fast.search.priors import edit_prior
-
-    model, tokenizer = load()
-    prior = edit_prior(model, tokenizer, config.prior)
-    evaluator = PathEvaluator(model, tokenizer, **options)
-    return SearchWorker(evaluator, config, model_hash=model_hash, seed=seed, prior=prior, together=together)
