@@ -150,7 +150,8 @@ class ItemSearch:
     def __init__(self, item: Item, worker: SearchWorker):
         self.item, self.worker = item, worker
         self.key = UnitKey(item.task, item.id, prompt_hash(item), worker.model_hash, worker.config.hash(), worker.seed)
-        self.rng = random.Random(self.key.text())
+        # Not of the configuration: a search with another reward, or without a control, draws alike.
+        self.rng = random.Random("|".join((str(worker.seed), self.key.task, self.key.item, self.key.prompt)))
         self.dense = dense_path(worker.evaluator.num_layers)
         self.known: dict[LayerPath, Evaluation] = {}
         single = edits(self.dense)
