@@ -28,6 +28,7 @@ from drllm_fast.search.record import columns
 from drllm_fast.search.store import open_store, read_store
 from drllm_fast.search.unit import UnitKey, UnitResult
 
+LIGHT = Path(__file__).with_name("light")  # a place from which processes start fast
 KINDS = ("sqlite", "parquet")
 TEXT = st.text(max_size=8)
 FLOAT = st.floats()
@@ -458,7 +459,7 @@ def test_a_disk_without_hard_links(tmp_path, monkeypatch):
 # -- several processes
 PUT = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path.append({tests!r})
 from search_cases import items, manifest, result
 from drllm_fast.search.store import open_store
 
@@ -474,7 +475,9 @@ def test_two_processes_put_the_same_units(kind, folder):
     """Both open a new folder at once, too."""
     code = PUT.format(tests=str(Path(__file__).parent), folder=str(folder), kind=kind)
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=LIGHT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         for _ in range(2)
     ]
     for process in processes:  # both have imported everything before either begins

@@ -12,7 +12,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from drllm_fast.search.store import Store
-from drllm_fast.search.work import MakeWorker, Outcome, Progress, Queue, WorkUnit, chunks, search_here, storing, unfinished
+from drllm_fast.search.work import (
+    MakeWorker,
+    Outcome,
+    Progress,
+    Queue,
+    WorkUnit,
+    chunks,
+    search_here,
+    storing,
+    unfinished,
+)
 
 log = logging.getLogger(__name__)
 

@@ -117,4 +117,3 @@ class ParquetStore(Store):
         if not schema.equals(self._schema) or (schema.metadata or {}).get(SEARCH) != self._schema.metadata[SEARCH]:
             raise ValueError(f"{path} is not of this search; nothing was changed, move it away")
         return table
-
