@@ -167,7 +167,7 @@ def run_search(loader, loaded, config, items, task, output, executor, workers, s
     from drllm_fast.search.executors import run_local, run_ranks
     from drllm_fast.search.grading import check_grader
     from drllm_fast.search.manifest import Manifest
-    from drllm_fast.search.progress import shown
+    from drllm_fast.search.progress import SearchProgress
     from drllm_fast.search.rewards import check_reward
     from drllm_fast.search.store import open_store
     from drllm_fast.search.work import unfinished, work_units
@@ -186,7 +186,7 @@ def run_search(loader, loaded, config, items, task, output, executor, workers, s
         typer.echo(
             f"{len(units)} prompts of {task['task']}, {found} searched before, into {output} ({store.kind})", err=True
         )
-        with shown(len(units), found) as progress:
+        with SearchProgress(len(units), found=found) as progress:
             shared = {
                 "chunk": 8 * loader.together if executor == "local" else 2 * loader.together,
                 "progress": progress,

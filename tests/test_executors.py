@@ -19,7 +19,8 @@ from drllm_fast.search.store import open_store
 from drllm_fast.search.work import Queue, UnitsFailed, Writer, chunks
 
 PROGRAM = Path(__file__).with_name("search_cases.py")
-LIGHT = os.pathsep.join([str(PROGRAM.with_name("light")), *(path for path in sys.path if path)])  # PYTHONPATH
+LIGHT = PROGRAM.with_name("light")  # a place from which processes start fast
+PYTHONPATH = os.pathsep.join([str(LIGHT), *(path for path in sys.path if path)])
 RANKS = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--monitor-interval", "0.1"]
 DEADLINE = 60.0  # seconds, for what takes five
 
@@ -38,15 +39,15 @@ class Count:
         self.items.append(result.key.item)
 
 
-def start(executor, tmp_path, count, *, kind="sqlite", chunk=4, delay=0.002):
+def start(executor, tmp_path, count, *, kind="sqlite", chunk=4, delay=0.001):
     """The same command, each time."""
     environ = os.environ | {
         "FOLDER": str(tmp_path / "out"), "KIND": kind, "EXECUTOR": executor, "UNITS": str(count), "CHUNK": str(chunk),
-        "DELAY": str(delay), "JOURNAL": str(tmp_path / "journal"), "PYTHONPATH": LIGHT,
+        "DELAY": str(delay), "JOURNAL": str(tmp_path / "journal"), "PYTHONPATH": PYTHONPATH,
     }  # fmt: skip
     launcher = [*RANKS, "--master-port", str(free_port())] if executor == "ranks" else [sys.executable]
     return subprocess.Popen(
-        [*launcher, str(PROGRAM)], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*launcher, str(PROGRAM)], env=environ, cwd=LIGHT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -351,8 +352,15 @@ def test_a_worker_is_given_whole_chunks(store):
 @pytest.fixture(scope="module")
 def cluster():
     ray = pytest.importorskip("ray")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": LIGHT}})
+    before, folder = os.environ.get("PYTHONPATH"), os.getcwd()
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": PYTHONPATH}
+    os.chdir(LIGHT)  # which Ray puts first in its processes' path
+    try:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    finally:
+        os.chdir(folder)
+        os.environ.pop("PYTHONPATH")
+        os.environ |= {"PYTHONPATH": before} if before is not None else {}
     yield ray
     ray.shutdown()
 
@@ -379,14 +387,15 @@ def test_ray_gives_up_a_deadly_unit_and_goes_on(run_ray, store, tmp_path):
     assert store.duplicates == 0
 
 
-def test_ray_stops_when_a_worker_cannot_be_made(run_ray, store):
+def test_ray_stops_when_a_worker_cannot_be_made(run_ray, tmp_path):
     def make():
         raise LookupError("no such model")
 
-    with pytest.raises(RuntimeError, match="the worker could not be made.*no such model"):
-        run_ray(make, units(2), store, workers=1)
-    with pytest.raises(ValueError, match="workers is 0"):
-        run_ray(make, units(2), store, workers=0)
+    with open_store(tmp_path / "out", manifest()) as store:
+        with pytest.raises(RuntimeError, match="the worker could not be made: LookupError: no such model"):
+            run_ray(make, units(2), store, workers=1)
+        with pytest.raises(ValueError, match="workers is 0"):
+            run_ray(make, units(2), store, workers=0)
 
 
 def test_ray_interrupted(run_ray, store):

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -22,12 +23,15 @@ from hypothesis import strategies as st
 from search_cases import CONFIG, FINGERPRINT, items, manifest, result
 
 from drllm_fast import fingerprint
+from drllm_fast.search import manifest as manifests
 from drllm_fast.search import store as stores
 from drllm_fast.search.atomic import PREFIX, written
 from drllm_fast.search.record import columns
+from drllm_fast.search.sqlite_store import _transaction
 from drllm_fast.search.store import open_store, read_store
 from drllm_fast.search.unit import UnitKey, UnitResult
 
+LIGHT = Path(__file__).with_name("light")  # a place from which processes start fast
 KINDS = ("sqlite", "parquet")
 TEXT = st.text(max_size=8)
 FLOAT = st.floats()
@@ -383,6 +387,55 @@ def test_damage_is_named_and_its_units_searched_anew(kind, folder, damage):
         assert store.done() == set() and store.put(results(200)) == 200
 
 
+def test_a_changed_byte_of_a_shard_is_never_a_changed_result(folder):
+    with open_store(folder, manifest(), "parquet") as store:
+        store.put(results(200))
+    file = damaged_file(folder, "parquet")
+    sound = file.read_bytes()
+    noticed = 0
+    for place in range(4, len(sound) * 2 // 3, len(sound) // 60):
+        file.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        try:
+            with open_store(folder, manifest()) as store:
+                assert list(store.results()) == results(200)
+        except OSError as error:
+            assert file.name in str(error)
+            noticed += 1
+    assert noticed > 10
+
+
+def test_a_transaction_that_fails_is_undone(folder):
+    with open_store(folder, manifest(), "sqlite") as store:
+        with pytest.raises(ZeroDivisionError), _transaction(store._connection):
+            store._connection.execute("INSERT INTO units VALUES ('half', x'00')")
+            1 / 0  # noqa: B018
+        assert store.done() == set() and store.put(results(3)) == 3
+
+
+def test_a_writer_waits_for_another(folder):
+    with open_store(folder, manifest(), "sqlite") as store, open_store(folder, manifest()) as other:
+        with _transaction(other._connection):
+            thread_says = []
+
+            def put():
+                with open_store(folder, manifest()) as mine:
+                    thread_says.append(mine.put(results(2)))
+
+            thread = threading.Thread(target=put)
+            thread.start()
+            time.sleep(0.3)
+            assert thread.is_alive() and store.done() == set()
+        thread.join()
+        assert thread_says == [2]
+
+
+def test_the_first_manifest_stays(folder):
+    """Two processes have both found none."""
+    folder.mkdir()
+    first = manifests.write(folder, manifest())
+    assert manifests.write(folder, manifest(seed=4)) == first == manifest()
+
+
 def test_a_log_without_its_database_is_not_mixed_into_a_new_one(folder):
     store = open_store(folder, manifest(), "sqlite")
     store.put(results(5))
@@ -458,7 +511,7 @@ def test_a_disk_without_hard_links(tmp_path, monkeypatch):
 # -- several processes
 PUT = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path.append({tests!r})
 from search_cases import items, manifest, result
 from drllm_fast.search.store import open_store
 
@@ -474,7 +527,9 @@ def test_two_processes_put_the_same_units(kind, folder):
     """Both open a new folder at once, too."""
     code = PUT.format(tests=str(Path(__file__).parent), folder=str(folder), kind=kind)
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=LIGHT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         for _ in range(2)
     ]
     for process in processes:  # both have imported everything before either begins

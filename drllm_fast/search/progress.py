@@ -1,85 +1,74 @@
-"""What a search shows while it runs: a bar on a terminal, a line now and then elsewhere. Both on stderr."""
+"""How a search is doing, on stderr: a bar on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
 
 from drllm_fast.search.paths import decode, visits
 from drllm_fast.search.unit import UnitResult
 
-EVERY = 15.0  # seconds between lines
+LINE_SECONDS = 10.0
 
 
-class Figures:
-    """Counts over the units that are finished: found ones, which an earlier run stored, have no figures here."""
+class SearchProgress:
+    """A progress of `total` units, `found` of them stored before; use it in a `with`.
 
-    def __init__(self, total: int, found: int):
+    Rates are of the units that this process is told of, and begin when the `with` does.
+    """
+
+    def __init__(self, total: int, *, found: int = 0, stream: TextIO | None = None) -> None:
         self.total, self.found = total, found
-        self.units = self.kept = self.paths = 0
-        self.saved = 0
-        self.begun = time.monotonic()
+        self.finished = self.paths = self.kept = self.saved = 0
+        self._console = Console(file=stream or sys.stderr, soft_wrap=True)
+        self._bar: Bar | None = None
+        self._begin = self._printed = time.monotonic()
 
-    def add(self, result: UnitResult) -> None:
-        self.units += 1
-        self.paths += result.forwards
-        if result.kept:
-            self.kept += 1
-            self.saved += len(result.best) - visits(decode(result.best))
+    def __enter__(self) -> SearchProgress:
+        self._begin = self._printed = time.monotonic()
+        if self._console.is_terminal:
+            columns = (TextColumn("search"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self._bar = Bar(*columns, console=self._console)
+            self._task = self._bar.add_task(self.summary(), total=self.total, completed=self.found)
+            self._bar.start()
+        return self
 
-    def text(self) -> str:
-        """'34.2 paths/s, kept 78 %, saved 2.1 layers, 0:12:40 left'"""
-        seconds = time.monotonic() - self.begun
-        parts = [f"{self.paths / seconds:.1f} paths/s" if seconds > 0 else ""]
-        if self.units:
-            parts.append(f"kept {self.kept / self.units:.0%}")
-            parts.append(f"saved {self.saved / max(self.kept, 1):.1f} layers")
-            left = (self.total - self.found - self.units) * seconds / self.units
-            parts.append(f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02} left")
-        return ", ".join(filter(None, parts))
-
-
-class Lines:
-    """A line every `EVERY` seconds."""
-
-    def __init__(self, figures: Figures):
-        self.figures = figures
-        self._last = time.monotonic()
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self.finished:
+            self._print()
 
     def advance(self, result: UnitResult) -> None:
-        self.figures.add(result)
-        now = time.monotonic()
-        if now - self._last >= EVERY:
-            self._last = now
-            done = self.figures.found + self.figures.units
-            print(f"searched {done} of {self.figures.total}: {self.figures.text()}", file=sys.stderr, flush=True)
+        self.finished += 1
+        self.paths += result.forwards
+        if result.kept:
+            best = decode(result.best)
+            self.kept += 1
+            self.saved += len(best) - visits(best)
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, description=self.summary())
+        elif time.monotonic() - self._printed >= LINE_SECONDS:
+            self._print()
 
+    def summary(self) -> str:
+        """`12.3 paths/s, 41% kept, 1.8 blocks saved, 0:12:30 left`; blocks are a mean over kept prompts."""
+        if not self.finished:
+            return "starting"
+        seconds = max(time.monotonic() - self._begin, 1e-9)
+        left = (self.total - self.found - self.finished) * seconds / self.finished
+        saved = f"{self.saved / self.kept:.1f}" if self.kept else "0"
+        hours, rest = divmod(round(left), 3600)
+        clock = f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+        rate, kept = self.paths / seconds, self.kept / self.finished
+        return f"{rate:.1f} paths/s, {kept:.0%} kept, {saved} blocks saved, {clock} left"
 
-@contextmanager
-def shown(total: int, found: int) -> Iterator[object]:
-    """The progress of `total` units of which `found` are stored already; has a method `advance(result)`."""
-    figures = Figures(total, found)
-    if not sys.stderr.isatty():
-        yield Lines(figures)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        "Searching",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, completed=found, figures="")
-
-        class Bar:
-            def advance(self, result: UnitResult) -> None:
-                figures.add(result)
-                bar.update(task, advance=1, figures=figures.text())
-
-        yield Bar()
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        done = self.found + self.finished
+        self._console.print(f"search: {done:,} of {self.total:,} units, {self.summary()}", highlight=False)
