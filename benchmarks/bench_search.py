@@ -2,9 +2,9 @@
 
     DRLLM_FAST_DATA=FOLDER pytest benchmarks/bench_search.py -s --benchmark-disable
 
-SmolLM2-135M-Instruct; questions of FOLDER/arc_easy.train.jsonl.gz (without DRLLM_FAST_DATA, a few made-up ones). For each
-question, 50 paths: those that the tree search tries on it. Every question is a round in which all rows run in turn; the
-table gives paths/s and medians of the ratios to the first row, with quartiles.
+SmolLM2-135M-Instruct; questions of FOLDER/arc_easy.train.jsonl.gz (without DRLLM_FAST_DATA, a few made-up ones). For
+each question, 50 paths: those that the tree search tries on it. Every question is a round in which all rows run in
+turn; the table gives paths/s and medians of the ratios to the first row, with quartiles.
 
 Log-likelihoods of the choices, row by row:
     one by one          an edited stack of Hugging Face's layers, a forward for each choice (batch 1)
@@ -202,7 +202,6 @@ def bench_search(dtype, benchmark):
     counted.score_many(requests)
     ratio = counted.stats.visits / counted.stats.visits_alone
     print(f"\nvisits run: {ratio:.3f} of those one by one; {len(questions)} questions, {PATHS} paths each")
-    print(
-        f"mean error against fp32: {torch.stack(own_errors).mean():.2g}, one by one {torch.stack(their_errors).mean():.2g}"
-    )
+    ours, theirs = (torch.stack(errors).mean() for errors in (own_errors, their_errors))
+    print(f"mean error against fp32: {ours:.2g}, one by one {theirs:.2g}")
     benchmark.pedantic(lambda: evaluator().score_choices(*requests[0]), rounds=3)

@@ -38,7 +38,8 @@ def result(item, **changes):
         "key": key, "prompt": item.prompt, "choices": list(item.choices), "answer": str(item.answer), "level": None,
         "paths": ["0-1", "0"], "rewards": [0.0, number], "correct": [False, True], "predictions": [" a", " b"],
         "scores": [[-1.0, -number], [float("-inf"), 0.1]], "best": "0", "kept": True, "control_target": " a",
-        "control_reached": False, "forwards": 4, "visits": 6, "visits_alone": 9, "grader": "choice", "seconds": 0.1,
+        "control_reached": False, "probes": ["0"], "probes_correct": [True], "forwards": 4, "visits": 6,
+        "visits_alone": 9, "grader": "choice", "seconds": 0.1,
     }  # fmt: skip
     return UnitResult(**(values | changes))
 
