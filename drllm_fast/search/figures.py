@@ -2,7 +2,7 @@
 
     Share   k of n          Wilson's 95 % interval (1927): (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
     Mean    sum x / n       SE = s / sqrt(n), s^2 with n - 1
-    Ratio   sum x / sum m   SE = sqrt(n / (n-1) sum (x - r m)^2) / sum m: observations in clusters, as the paths of a unit
+    Ratio   sum x / sum m   SE = sqrt(n / (n-1) sum (x - r m)^2) / sum m: clusters of observations, as a unit's paths
 
 A figure of nothing is None, not 0, and so is a standard error of fewer than two observations.
 """

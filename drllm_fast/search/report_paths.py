@@ -35,7 +35,8 @@ def write_paths(path: str | PathLike[str], results: Iterable[UnitResult], *, lab
                 results
     label_free  the reward was kl: see `drllm_fast.search.report`
 
-    An empty field is what is not known. ValueError for another ending, OSError where the file cannot be written.
+    An empty field is what is not known; in CSV, true and false are 1 and 0, and `best` has to be read as text, or its
+    leading zeros are lost. ValueError for another ending, OSError where the file cannot be written.
     """
     path = Path(path)
     if not path.name.lower().endswith(ENDINGS):
@@ -62,7 +63,8 @@ def _write_csv(file: Any, rows: Iterator[dict[str, Any]]) -> int:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     count = 0
-    for count, row in enumerate(rows, 1):
+    for row in rows:
+        count += 1
         writer.writerow(int(value) if isinstance(value, bool) else value for value in row.values())
     text.detach()  # flushes, and leaves the file open
     return count

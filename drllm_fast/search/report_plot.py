@@ -1,4 +1,4 @@
-"""A search's report as one picture: accuracy, repairs against their control, blocks of the kept paths, their lengths."""
+"""A search's report as one picture: accuracy, repairs and their control, blocks and lengths of the kept paths."""
 
 from __future__ import annotations
 

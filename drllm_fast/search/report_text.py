@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-UNKNOWN = "not known"
+UNKNOWN, NONE = "not known", "-"
 TOP_BLOCKS = 6
 
 
@@ -101,6 +101,8 @@ def _accuracy(figures: dict[str, Any]) -> Section:
         "Oracle figures pick a path after seeing the answer. They bound what a router could do and are no accuracy "
         "that anything has reached; see the control."
     )
+    if accuracy["dense"]["n"] < figures["search"]["units"]:
+        note += " Free answers are left out: without a label it is not known which are right."
     if accuracy["not_finite"]:
         note += f" Warning: units with a score that is no finite number: {number(accuracy['not_finite'])}."
     return Section("Accuracy", note, ("", "share", "95 % interval", "n"), rows)
@@ -174,7 +176,7 @@ def _saved(figures: dict[str, Any]) -> Section:
     ):
         mean, share = saved[key], saved[f"share_{key}"]
         value, spread, n = _mean(name, mean, decimals)[1:]
-        rows.append((name, value, spread, UNKNOWN if share is None else percent(share), n))
+        rows.append((name, value, spread, NONE if share is None else percent(share), n))
     note = (
         "Layers saved a unit by its best path (negative: it is longer). Oracle figures as well: the path was picked "
         "for this very prompt."
@@ -216,7 +218,7 @@ def _groups(figures: dict[str, Any]) -> Section:
     groups = figures["tasks"] if len(figures["tasks"]) > 1 else []
     for group in [*groups, *figures["levels"]]:
         name = group["task"] + (f", level {group['level']}" if "level" in group else "")
-        shares = (_said(percent(group[key]["share"])) for key in ("dense", "best", "repaired", "kept"))
+        shares = (percent(group[key]["share"]) or NONE for key in ("dense", "best", "repaired", "kept"))
         rows.append((name, *shares, number(group["kept"]["n"])))
     columns = ("", "dense", "best path (oracle)", "wrong ones repaired", "kept", "n")
     return Section("By task and level", "", columns, rows)
@@ -235,7 +237,7 @@ def points(value: float, *, sign: bool = True) -> str:
 
 
 def decimals(value: float | None, *, sign: bool = True) -> str:
-    return UNKNOWN if value is None else f"{value:,.2f}"
+    return NONE if value is None else f"{value:,.2f}"
 
 
 def _said(value: Any) -> str:
@@ -248,19 +250,19 @@ def _counted(counts: dict[str, int]) -> str:
 
 def _share(name: str, share: dict[str, Any]) -> tuple[str, ...]:
     if not share["n"]:
-        return name, UNKNOWN, "", "0"
+        return name, NONE, "", "0"
     return name, percent(share["share"]), f"{100 * share['low']:.1f} - {100 * share['high']:.1f}", number(share["n"])
 
 
 def _mean(name: str, mean: dict[str, Any], form: Any) -> tuple[str, ...]:
     if not mean["n"]:
-        return name, UNKNOWN, "", "0"
+        return name, NONE, "", "0"
     return name, form(mean["mean"]), _spread(mean["se"], form), number(mean["n"])
 
 
 def _ratio(name: str, ratio: dict[str, Any]) -> tuple[str, ...]:
     if not ratio["n"]:
-        return name, UNKNOWN, "", "0"
+        return name, NONE, "", "0"
     return name, percent(ratio["share"]), _spread(ratio["se"], points), f"{number(ratio['of'])} in {number(ratio['n'])}"
 
 
