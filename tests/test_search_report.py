@@ -1,5 +1,6 @@
 """The honesty report: every figure against one worked out by hand, and what it says of luck on simulated searches."""
 
+import copy
 import csv
 import gzip
 import json
@@ -15,6 +16,7 @@ from drllm_fast.search.paths import dense_path, edits, encode
 from drllm_fast.search.report import SearchReport
 from drllm_fast.search.report_paths import COLUMNS, write_paths
 from drllm_fast.search.static_edits import StaticEdits, edit_name, half_of
+from drllm_fast.search.store import open_store, read_store
 from drllm_fast.search.unit import SearchConfig, UnitKey, UnitResult
 
 DENSE = "1111"
@@ -125,7 +127,7 @@ def test_layers_saved():
 
 
 def test_a_best_path_that_is_not_kept_saves_nothing():
-    longer = unit("l", [1, 1], paths=["1012"], best="1012")
+    longer = unit("l", [1, 1], paths=["2111"], best="2111")
     assert not longer.kept
     assert figures(longer)["saved"]["all"]["mean"] == 0 and figures(longer)["paths"]["kept"] == 0
 
@@ -165,7 +167,8 @@ def test_agreement_counts_as_found_and_not_as_repaired():
     f = figures(one_lucky_path)
     assert f["accuracy"]["oracle"]["count"] == 1 and f["accuracy"]["best"]["count"] == 0
     assert f["repair"]["found"]["count"] == 1 and f["repair"]["repaired"]["count"] == 0
-    assert f["repair"]["control"]["repaired"]["count"] == 0  # by the measure that the control has to reach
+    control = f["repair"]["control"]  # by the measure that the control has to reach
+    assert control["repaired"]["count"] == 0 and control["difference"]["mean"] == 0
 
 
 def kl_unit(item, predictions, choices=True):
@@ -351,6 +354,7 @@ def test_an_edit_needs_enough_probes_in_both_halves(seen):
     f = static((0, "0111", [1] * seen[0]), (1, "0111", [1] * seen[1]))
     assert f["best"] is None and f["best_saving"] is None and f["least"] == 10
     assert f["edits"][0]["n"] == 39
+    assert static((0, "0111", [1] * 10), (1, "0111", [0] * 10))["best"]["gain"] == 0.5
 
 
 def test_rare_edits_do_not_win_by_luck():
@@ -424,6 +428,7 @@ def test_paths_without_text(tmp_path):
     file = tmp_path / "paths.csv.gz"
     assert write_paths(file, FOUR) == 4
     first = file.read_bytes()
+    assert first[4:8] == bytes(4)  # no time, so that the same results make the same file
     rows = list(csv.DictReader(gzip.open(file, "rt", newline="")))
     assert list(rows[0]) == list(COLUMNS)
     assert rows[0] == {
@@ -464,3 +469,20 @@ def test_a_failure_leaves_the_earlier_file(tmp_path):
     with pytest.raises(RuntimeError):
         write_paths(file, broken())
     assert file.read_text().count("\n") == 5 and [f.name for f in tmp_path.iterdir()] == ["paths.csv"]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "parquet"])
+def test_a_store_is_reported_into_its_own_folder(kind, tmp_path):
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+    m = manifest()
+    with open_store(tmp_path, m, kind) as store:
+        store.put([under(m, copy.deepcopy(result)) for result in FOUR])
+    with read_store(tmp_path) as store:
+        report = SearchReport.of(store.results(), manifest=store.manifest)
+        assert SearchReport.read(report.write(tmp_path)[0]) == report
+    expected = figures(*FOUR)
+    for part in ("accuracy", "repair", "breaks", "saved", "cost", "paths", "levels"):
+        assert report.figures[part] == expected[part]
+    with open_store(tmp_path, m) as store:  # and the search can go on
+        assert len(store.done()) == 4

@@ -52,7 +52,8 @@ def _accuracy(axes: Axes, figures: dict[str, Any]) -> None:
         for name, key in (("best static edit,\nheld out", "best"), ("the same,\nsaving layers", "best_saving")):
             if (best := static[key]) is not None:
                 value, spread = dense + best["gain"], 1.96 * best["se"]
-                bars.append((name, {"share": value, "low": value - spread, "high": value + spread}, REAL))
+                share = {"share": value, "low": value - spread, "high": value + spread, "n": best["n"]}
+                bars.append((name, share, REAL))
     bars += [
         ("best path\n(oracle)", accuracy["best"], ORACLE),
         ("some path right\n(oracle)", accuracy["oracle"], ORACLE),
@@ -85,7 +86,7 @@ def _bars(axes: Axes, bars: list[tuple[str, dict[str, Any], str]]) -> None:
         axes.bar(place, value, width=0.62, color=colour)
         axes.vlines(place, low, high, color="#333333", linewidth=1.2)
         axes.text(place, max(high, value) + 0.015, f"{100 * value:.1f} %", ha="center", fontsize=8)
-    axes.set_xticks(range(len(bars)), [name for name, *_ in bars], fontsize=8)
+    axes.set_xticks(range(len(bars)), [f"{name}\nn = {share['n']:,}" for name, share, _ in bars], fontsize=8)
     axes.set_xlim(-0.6, len(bars) - 0.4)
     axes.set_ylim(0, 1.08)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"], fontsize=8)
