@@ -47,6 +47,11 @@ def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
             message = str(error).strip() or type(error).__name__
             typer.echo(f"drllm-fast: error: {message}", err=True)
             raise typer.Exit(2) from error
+        except RuntimeError as error:
+            if not hasattr(error, "failed"):  # units of a search, see `drllm_fast.search.work.UnitsFailed`
+                raise
+            typer.echo(f"drllm-fast: error: {error}", err=True)
+            raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             typer.echo(f"drllm-fast: {error}" if str(error) else "drllm-fast: interrupted", err=True)
             raise typer.Exit(130) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,6 +98,9 @@ def search(
     field: Annotated[
         list[str] | None, typer.Option(help="question=COLUMN, choices=COLUMN, answer=COLUMN of other data.")
     ] = None,
+    drop_unanswered: Annotated[
+        bool, typer.Option("--drop-unanswered", help="Leave out rows whose answer is empty.")
+    ] = False,
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the chat template.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a free answer.")] = None,
     grader: Annotated[str, typer.Option(help="Of free answers; auto is what suits the task.")] = "auto",
@@ -135,34 +138,45 @@ def search(
     from drllm_fast.search.tasks import load_task
 
     loader = WorkerMaker(model, dtype.value, device, threads, config, "", seed, together, int(state_memory * 1e9))
-    loaded = None
-    if chat:  # the template is the tokenizer's
-        loaded = loader.load()
+    loaded = loader.load() if chat else None  # the template is the tokenizer's
     given = {
         "shots": shots, "levels": levels, "seed": seed, "form": form, "examples": examples, "chat": chat,
         "fields": dict(_pair(text, "--field") for text in field) if field else None,
     }  # fmt: skip
-    items = load_task(task, tokenizer=loaded and loaded[1], limit=limit, **given)
+    items = load_task(task, tokenizer=loaded and loaded[1], limit=limit, drop_unanswered=drop_unanswered, **given)
     if grader == "auto":
         config = _with_grader(config, {grader_of(form or item.task) for item in items if item.choices is None})
     run_search(
-        loader,
+        replace(loader, config=config),
         loaded,
-        config,
         items,
-        given | {"task": Path(task).name},
+        given | {"task": Path(task).name},  # a file's folder says nothing on another machine
         output,
-        executor.value,
-        workers,
-        store.value,
-        ray_address,
+        executor=executor.value,
+        workers=workers,
+        store_kind=store.value,
+        ray_address=ray_address,
     )
 
 
-def run_search(loader, loaded, config, items, task, output, executor, workers, store_kind, ray_address) -> None:
-    """Search the items into `output`, print and write the report."""
-    from dataclasses import replace
+def run_search(
+    loader: WorkerMaker,
+    loaded: tuple[Any, Any] | None,
+    items: list[Any],
+    task: dict[str, Any],
+    output: Path,
+    *,
+    executor: str = "local",
+    workers: int = 1,
+    store_kind: Any = "auto",
+    ray_address: str | None = None,
+) -> None:
+    """Search the items into the folder `output`; when all are there, write and print the report.
 
+    loader  its model_hash is not looked at: the store's is taken
+    loaded  what `loader.load()` gave, if it was called already
+    task    what the items are, fit for JSON, for the folder's manifest
+    """
     from drllm_fast import fingerprint
     from drllm_fast.search.executors import run_local, run_ranks
     from drllm_fast.search.grading import check_grader
@@ -172,6 +186,7 @@ def run_search(loader, loaded, config, items, task, output, executor, workers, s
     from drllm_fast.search.store import open_store
     from drllm_fast.search.work import unfinished, work_units
 
+    config = loader.config
     check_grader(config.grader)
     for item in items:
         check_reward(config, item)
@@ -180,42 +195,48 @@ def run_search(loader, loaded, config, items, task, output, executor, workers, s
         model=loader.model, fingerprint=fingerprint.fingerprint(loaded[0]), config=config, task=task, seed=loader.seed
     )
     with open_store(output, manifest, store_kind, check=functools.partial(fingerprint.check, loaded[0])) as store:
-        make = replace(loader, config=config, model_hash=store.manifest.model_hash)
+        make = replace(loader, model_hash=store.manifest.model_hash)
         units = work_units(items, store.manifest.model_hash, config, loader.seed)
         found = len(units) - len(unfinished(units, store.done()))
         typer.echo(
-            f"{len(units)} prompts of {task['task']}, {found} searched before, into {output} ({store.kind})", err=True
+            f"{len(units)} prompts, {found} of them searched before; results go to {output} ({store.kind})", err=True
         )
         with SearchProgress(len(units), found=found) as progress:
-            shared = {
-                "chunk": 8 * loader.together if executor == "local" else 2 * loader.together,
-                "progress": progress,
-            }
             if executor == "ray":
                 from drllm_fast.search.ray_executor import run_ray
 
                 loaded = None  # the actors load their own
-                gpus = 1.0 if str(find_device(loader.device)).startswith("cuda") else 0.0
-                outcome = run_ray(make, units, store, workers=workers, address=ray_address, num_gpus=gpus, **shared)
+                gpus = 1.0 if find_device(loader.device).startswith("cuda") else 0.0
+                outcome = run_ray(
+                    make, units, store, workers=workers, address=ray_address, num_gpus=gpus,
+                    num_cpus=loader.threads or 1, chunk=2 * loader.together, progress=progress,
+                )  # fmt: skip
+            elif executor == "torchrun":
+                make = functools.partial(make, loaded)
+                outcome = run_ranks(make, units, store, chunk=2 * loader.together, progress=progress)
             else:
-                run = run_local if executor == "local" else run_ranks
-                outcome = run(functools.partial(make, loaded), units, store, **shared)
+                outcome = run_local(
+                    functools.partial(make, loaded), units, store, chunk=8 * loader.together, progress=progress
+                )
         if outcome.complete:
-            _report(store, output)
+            report(store, output)
 
 
-def _report(store: Any, output: Path) -> None:
+def report(store: Any, output: Path) -> None:
+    """Write the paths and the report of a store beside it, and print the report."""
+    from drllm_fast.search.report import SearchReport
+
     rows = store.export(output / "paths.parquet")
-    typer.echo(f"{rows} prompts in {output / 'paths.parquet'}", err=True)
+    made = SearchReport.of(store.results(), manifest=store.manifest)
+    files = made.write(output)
+    typer.echo(made.text())
+    typer.echo(f"{rows} prompts in {output / 'paths.parquet'}; the report is in {', '.join(map(str, files))}", err=True)
 
 
 def _with_grader(config: Any, graders: set[str]) -> Any:
-    from dataclasses import replace
-
+    """The configuration with the grader that suits the task."""
     if len(graders) > 1:
-        raise ValueError(
-            f"the task's answers want different graders ({', '.join(sorted(graders))}); choose one: --grader"
-        )
+        raise ValueError(f"the answers want different graders ({', '.join(sorted(graders))}); choose one: --grader")
     return replace(config, grader=graders.pop() if graders else "exact")
 
 
