@@ -1,5 +1,6 @@
 """The command line on a tiny random Llama, and the demo on the real SmolLM2."""
 
+import gzip
 import json
 import os
 import re
@@ -510,9 +511,14 @@ def test_the_readmes_python_runs_as_written(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "plan.png").exists() and "repeated" in capsys.readouterr().out
 
 
-def test_the_readmes_commands_parse(monkeypatch):
+def test_the_readmes_commands_parse(monkeypatch, tmp_path):
     """Each `drllm-fast` line, with the work behind the commands taken out."""
-    from drllm_fast import demo
+    from drllm_fast import cli_search, demo
+
+    monkeypatch.chdir(tmp_path)
+    row = {"id": "a", "task": "arc_easy", "question": "Why?", "choices": ["so", "no"], "answer": 0}
+    Path("arc_easy.train.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
+    searched = []
 
     lines = re.findall(r"^drllm-fast (.*?)(?:\s+#.*)?$", README, flags=re.M)
     assert len(lines) >= 5
@@ -523,10 +529,11 @@ def test_the_readmes_commands_parse(monkeypatch):
         raise OSError(f"stopped at {name}")
 
     monkeypatch.setattr(cli, "load_model", stop)
+    monkeypatch.setattr(cli_search, "run_search", lambda loader, loaded, items, *_, **__: searched.append(len(items)))
     for line in lines:
         if line.startswith("generate"):
             refused(call(*shlex.split(line)), "stopped at smollm2-135m-instruct")
         else:
             result = call(*shlex.split(line))
             assert result.exit_code == 0, result.output
-    assert ran == ["cka"]
+    assert ran == ["cka"] and searched == [1, 20]

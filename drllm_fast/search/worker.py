@@ -25,7 +25,7 @@ NEEDS_SCORES = ("margin", "loglik")
 class SearchWorker:
     """Searches items on one evaluator; what a `drllm_fast.search.work.Worker` is.
 
-    model_hash  of the store that the results go to
+    model_hash  of the store that the results go to, if there is one
     prior       as `priors.edit_prior` gives it, with `config.prior`
     together    prompts searched side by side
     """
@@ -35,7 +35,7 @@ class SearchWorker:
         evaluator: PathEvaluator,
         config: SearchConfig,
         *,
-        model_hash: str,
+        model_hash: str = "",
         seed: int = 0,
         prior: Sequence[BlockWeights] | None = None,
         together: int = 16,
