@@ -57,7 +57,7 @@ class Node:
 class TreeSearch(BaseSearch):
     """See the module. `root` is the dense path's node, `nodes` the table of all by path."""
 
-    OPTIONS = {"widening": 0.7, "widening_power": 0.5, "learn_order": True}
+    OPTIONS = {"widening": 0.7, "widening_power": 0.5, "learn_order": True, "random_edit": 0.5}
 
     def _start(self) -> None:
         at_least(self.config, self.options, widening=0, widening_power=0)
@@ -146,6 +146,8 @@ class TreeSearch(BaseSearch):
     def _next_edit(self, node: Node) -> LayerPath:
         """Takes the edit with the largest estimate from the untried ones."""
         if not self.options["learn_order"]:
+            return node.untried.pop()
+        if self._binary and self.rng.random() < self.options["random_edit"]:
             return node.untried.pop()
 
         def estimate(index: int) -> tuple[float, int]:
