@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -79,53 +80,141 @@ class WorkerMaker:
         )
 
 
+TASK, SEARCH, FINER, RUN = "The task", "The search", "Finer points of the search", "How it runs"
+
+
 def search(
-    model: Annotated[str, typer.Option(help=f"Model folder or hub id; {SMOLLM2} is the one of the demo.")],
+    model: Annotated[str, typer.Option(help=f"Model folder or hub id; the bundled one: {SMOLLM2}.")],
     task: Annotated[
-        str, typer.Option(help="FILE.jsonl[.gz] | synth_arith[:LEVELS] | hf:DATASET[:CONFIG][:SPLIT]; see the README.")
+        str,
+        typer.Option(help="FILE.jsonl or .jsonl.gz; synth_arith or synth_arith:1-2; hf:NAME, hf:NAME:CONFIG:SPLIT."),
     ],
     output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on where it stopped.")],
-    method: Annotated[Method, typer.Option(help="How paths are looked for.")] = Method.mcts,
-    simulations: Annotated[int, typer.Option(min=0, help="Paths tried for a prompt, at most.")] = 50,
-    reward: Annotated[Reward, typer.Option(help="What a path is worth; see drllm_fast.search.rewards.")] = Reward.exact,
-    executor: Annotated[Executor, typer.Option(help="local, a rank of torchrun, or Ray actors.")] = Executor.local,
-    workers: Annotated[int, typer.Option(min=1, help="Ray actors.")] = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
-    levels: Annotated[str | None, typer.Option(help="Only these levels: 1-2 or 1,4.")] = None,
-    shots: Annotated[int | None, typer.Option(min=0, help="Solved examples; default: as the task has it.")] = None,
-    examples: Annotated[str | None, typer.Option(help="Another task to take solved examples from.")] = None,
-    form: Annotated[str | None, typer.Option(help="Prompt form, instead of the task's.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Only the first so many prompts; may be raised later.", rich_help_panel=TASK),
+    ] = None,
+    levels: Annotated[str | None, typer.Option(help="Only these levels: 1-2 or 1,4.", rich_help_panel=TASK)] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(min=0, help="Solved examples before a question; default: the form's.", rich_help_panel=TASK),
+    ] = None,
+    examples: Annotated[
+        str | None, typer.Option(help="Another task to take solved examples from.", rich_help_panel=TASK)
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(help="Prompt form: question, letters, verbatim, or a task's name.", rich_help_panel=TASK),
+    ] = None,
     field: Annotated[
-        list[str] | None, typer.Option(help="question=COLUMN, choices=COLUMN, answer=COLUMN of other data.")
+        list[str] | None,
+        typer.Option(
+            help="Where data is laid out otherwise: question=COLUMN, choices=COLUMN, answer=COLUMN; once for each.",
+            rich_help_panel=TASK,
+        ),
     ] = None,
     drop_unanswered: Annotated[
-        bool, typer.Option("--drop-unanswered", help="Leave out rows whose answer is empty.")
+        bool, typer.Option("--drop-unanswered", help="Leave out rows whose answer is empty.", rich_help_panel=TASK)
     ] = False,
-    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the chat template.")] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a free answer.")] = None,
-    grader: Annotated[str, typer.Option(help="Of free answers; auto is what suits the task.")] = "auto",
-    control: Annotated[bool, typer.Option(help="Search towards a wrong answer, too, for comparison.")] = True,
-    early_stop: Annotated[bool, typer.Option(help="Stop a search as the paper does.")] = True,
-    probes: Annotated[int, typer.Option(min=0, help="Single edits drawn at random for each prompt.")] = 8,
-    agree: Annotated[int, typer.Option(min=1, help="Paths that must agree, for the reward agreement.")] = 3,
-    prior: Annotated[str, typer.Option(help="Which edits come first: none, block-influence or cka.")] = "none",
-    exploration: Annotated[float, typer.Option(help="c of the UCB formula.")] = 1.8,
-    length_penalty: Annotated[float, typer.Option(help="lambda of the UCB formula.")] = 3.0,
-    random_child: Annotated[float, typer.Option(help="Probability of a random child.")] = 0.1,
-    max_length: Annotated[float, typer.Option(help="Visits of a path at most, as a multiple of L.")] = 2.0,
-    leaves: Annotated[int, typer.Option(min=1, help="Paths that one search tries at once.")] = 4,
-    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, an option of the method.")] = None,
-    together: Annotated[int, typer.Option(min=1, help="Prompts searched side by side in a worker.")] = 16,
-    state_memory: Annotated[float, typer.Option(min=0, help="GB of states kept between forwards.")] = 1.0,
-    store: Annotated[StoreKind, typer.Option(help="auto: Parquet on shared disks, else SQLite.")] = StoreKind.auto,
-    ray_address: Annotated[str | None, typer.Option(help="Of a Ray cluster; by default one of its own.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the search and of drawn examples.")] = 0,
-    dtype: Annotated[Dtype, typer.Option(help="auto is the checkpoint's own.")] = Dtype.auto,
-    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch in each worker.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat/--no-chat", help="Use the chat template.", rich_help_panel=TASK)
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of a free answer; default: the form's.", rich_help_panel=TASK)
+    ] = None,
+    grader: Annotated[
+        str,
+        typer.Option(
+            help="Of free answers: exact, first-word, math-verify, mathruler; auto: what suits the task.",
+            rich_help_panel=TASK,
+        ),
+    ] = "auto",
+    method: Annotated[Method, typer.Option(help="How paths are looked for.", rich_help_panel=SEARCH)] = Method.mcts,
+    simulations: Annotated[
+        int, typer.Option(min=0, help="Paths tried for a prompt, at most.", rich_help_panel=SEARCH)
+    ] = 50,
+    reward: Annotated[
+        Reward,
+        typer.Option(
+            help="What a path is worth. exact: a right answer; agreement: as soon as --agree paths are right; margin: "
+            "lead of the right choice; loglik: log-likelihood of the right answer; kl: likeness to all blocks.",
+            rich_help_panel=SEARCH,
+        ),
+    ] = Reward.exact,
+    agree: Annotated[
+        int, typer.Option(min=1, help="Paths that must agree, for the reward agreement.", rich_help_panel=SEARCH)
+    ] = 3,
+    prior: Annotated[
+        str, typer.Option(help="Which edits come first: none, block-influence or cka.", rich_help_panel=SEARCH)
+    ] = "none",
+    early_stop: Annotated[
+        bool,
+        typer.Option(
+            help="Stop at a path that repairs a wrong answer, or keeps a right one and saves enough.",
+            rich_help_panel=SEARCH,
+        ),
+    ] = True,
+    control: Annotated[
+        bool, typer.Option(help="Search towards a wrong answer, too, for comparison.", rich_help_panel=SEARCH)
+    ] = True,
+    probes: Annotated[
+        int, typer.Option(min=0, help="Single edits drawn at random for each prompt.", rich_help_panel=SEARCH)
+    ] = 8,
+    seed: Annotated[
+        int, typer.Option(help="Of the search, of drawn examples and of synth_arith.", rich_help_panel=SEARCH)
+    ] = 0,
+    max_length: Annotated[
+        float, typer.Option(help="Blocks run by a path, at most, as a multiple of all.", rich_help_panel=FINER)
+    ] = 2.0,
+    leaves: Annotated[int, typer.Option(min=1, help="Paths that one search tries at once.", rich_help_panel=FINER)] = 4,
+    exploration: Annotated[float, typer.Option(help="mcts: c of the UCB formula.", rich_help_panel=FINER)] = 1.8,
+    length_penalty: Annotated[
+        float, typer.Option(help="mcts: lambda of the UCB formula.", rich_help_panel=FINER)
+    ] = 3.0,
+    random_child: Annotated[
+        float, typer.Option(help="mcts: probability of a random child.", rich_help_panel=FINER)
+    ] = 0.1,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=VALUE, an option of the method; a wrong name lists them. May be repeated.", rich_help_panel=FINER
+        ),
+    ] = None,
+    executor: Annotated[
+        Executor,
+        typer.Option(
+            help="local: this process; torchrun: a rank, started with `torchrun -m drllm_fast.cli search ...`; "
+            "ray: Ray actors.",
+            rich_help_panel=RUN,
+        ),
+    ] = Executor.local,
+    workers: Annotated[int, typer.Option(min=1, help="Ray actors.", rich_help_panel=RUN)] = 1,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster; by default one of its own.", rich_help_panel=RUN)
+    ] = None,
+    together: Annotated[
+        int, typer.Option(min=1, help="Prompts searched side by side in a worker.", rich_help_panel=RUN)
+    ] = 16,
+    state_memory: Annotated[
+        float, typer.Option(min=0, help="GB of states kept between forwards.", rich_help_panel=RUN)
+    ] = 1.0,
+    store: Annotated[
+        StoreKind, typer.Option(help="auto: Parquet on shared disks, else SQLite.", rich_help_panel=RUN)
+    ] = StoreKind.auto,
+    dtype: Annotated[Dtype, typer.Option(help="auto is the checkpoint's own.", rich_help_panel=RUN)] = Dtype.auto,
+    device: Annotated[
+        str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...", rich_help_panel=RUN)
+    ] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of torch in each worker.", rich_help_panel=RUN)
+    ] = None,
 ) -> None:
-    """Search layer paths for the prompts of a task, store them, and report what was found."""
+    """Search layer paths for the prompts of a task, store them, and report what was found.
+
+    For a first look: drllm-fast search --model smollm2-135m-instruct --task synth_arith:1 --limit 8 --output found
+    """
     from drllm_fast.search.prompts import grader_of
+    from drllm_fast.search.tasks import load_rows, load_task
     from drllm_fast.search.unit import SearchConfig
 
     check_model(model)
@@ -135,22 +224,33 @@ def search(
         leaves=leaves, prior=prior, grader=grader, agree=agree, control=control, probes=probes,
         max_new_tokens=max_new_tokens, options=dict(map(_option, option or [])),
     )  # fmt: skip
-    from drllm_fast.search.tasks import load_task
+    fields = dict(_pair(text, "--field") for text in field) if field else None
+    _check_config(config)
+    _check_executor(executor.value, workers, ray_address)
 
+    rows = load_rows(task, seed=seed, fields=fields)
     loader = WorkerMaker(model, dtype.value, device, threads, config, "", seed, together, int(state_memory * 1e9))
     loaded = loader.load() if chat else None  # the template is the tokenizer's
-    given = {
-        "shots": shots, "levels": levels, "seed": seed, "form": form, "examples": examples, "chat": chat,
-        "fields": dict(_pair(text, "--field") for text in field) if field else None,
-    }  # fmt: skip
-    items = load_task(task, tokenizer=loaded and loaded[1], limit=limit, drop_unanswered=drop_unanswered, **given)
+    if loaded and not loaded[1].chat_template:
+        raise ValueError(f"--chat: the tokenizer of {model} has no chat template; use --no-chat")
+    given = {"shots": shots, "levels": levels, "seed": seed, "form": form, "chat": chat, "fields": fields}
+    items = load_task(
+        task, rows=rows, tokenizer=loaded and loaded[1], limit=limit, examples=examples,
+        drop_unanswered=drop_unanswered, **given,
+    )  # fmt: skip
     if grader == "auto":
-        config = _with_grader(config, {grader_of(form or item.task) for item in items if item.choices is None})
+        forms = {row["id"]: form or row["form"] for row in rows}
+        config = _with_grader(config, {grader_of(forms[item.id]) for item in items if item.choices is None})
+    # A file's folder says nothing on another machine, its name nothing of what is in it.
+    given |= {"task": Path(task).name, "content": _digest(rows), "examples": None}
+    if examples:
+        shown = _digest(load_rows(examples, seed=seed, fields=fields))
+        given |= {"examples": Path(examples).name, "examples_content": shown}
     run_search(
         replace(loader, config=config),
         loaded,
         items,
-        given | {"task": Path(task).name},  # a file's folder says nothing on another machine
+        given,
         output,
         executor=executor.value,
         workers=workers,
@@ -180,7 +280,7 @@ def run_search(
     from drllm_fast import fingerprint
     from drllm_fast.search.executors import run_local, run_ranks
     from drllm_fast.search.grading import check_grader
-    from drllm_fast.search.manifest import Manifest
+    from drllm_fast.search.manifest import Manifest, check_folder
     from drllm_fast.search.progress import SearchProgress
     from drllm_fast.search.rewards import check_reward
     from drllm_fast.search.store import open_store
@@ -190,10 +290,10 @@ def run_search(
     check_grader(config.grader)
     for item in items:
         check_reward(config, item)
+    of = functools.partial(Manifest.of, model=loader.model, config=config, task=task, seed=loader.seed)
+    check_folder(output, of(fingerprint={}))  # what can be said without the model
     loaded = loaded or loader.load()
-    manifest = Manifest.of(
-        model=loader.model, fingerprint=fingerprint.fingerprint(loaded[0]), config=config, task=task, seed=loader.seed
-    )
+    manifest = of(fingerprint=fingerprint.fingerprint(loaded[0]))
     with open_store(output, manifest, store_kind, check=functools.partial(fingerprint.check, loaded[0])) as store:
         make = replace(loader, model_hash=store.manifest.model_hash)
         units = work_units(items, store.manifest.model_hash, config, loader.seed)
@@ -206,6 +306,8 @@ def run_search(
                 from drllm_fast.search.ray_executor import run_ray
 
                 loaded = None  # the actors load their own
+                if Path(loader.model).is_dir():  # they may run in another folder
+                    make = replace(make, model=str(Path(loader.model).resolve()))
                 gpus = 1.0 if find_device(loader.device).startswith("cuda") else 0.0
                 outcome = run_ray(
                     make, units, store, workers=workers, address=ray_address, num_gpus=gpus,
@@ -231,6 +333,37 @@ def report(store: Any, output: Path) -> None:
     files = made.write(output)
     typer.echo(made.text())
     typer.echo(f"{rows} prompts in {output / 'paths.parquet'}; the report is in {', '.join(map(str, files))}", err=True)
+
+
+def _check_config(config: Any) -> None:
+    """ValueError for what no search could be made of, whatever the model."""
+    from drllm_fast.influence import CRITERIA
+    from drllm_fast.search.base import Outcome
+    from drllm_fast.search.grading import check_grader
+    from drllm_fast.search.searcher import make_searcher
+
+    if config.prior not in ("none", *CRITERIA):
+        raise ValueError(f"--prior {config.prior}: write none, {' or '.join(CRITERIA)}")
+    if config.grader != "auto":
+        check_grader(config.grader)
+    make_searcher(replace(config, prior="none"), 2, Outcome(0.0, False), 0)
+
+
+def _check_executor(executor: str, workers: int, ray_address: str | None) -> None:
+    """ValueError or ImportError where it cannot run, or is given what is another one's."""
+    if executor == "ray":
+        import drllm_fast.search.ray_executor  # noqa: F401
+    elif workers > 1 or ray_address is not None:
+        raise ValueError("--workers and --ray-address are of --executor ray; ranks are the launcher's: torchrun")
+    elif executor == "torchrun":
+        from drllm_fast.search.executors import rank_and_world
+
+        rank_and_world()
+
+
+def _digest(rows: list[dict[str, Any]]) -> str:
+    text = json.dumps(rows, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _with_grader(config: Any, graders: set[str]) -> Any:

@@ -13,62 +13,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from cli_cases import LAYERS, TEMPLATE, call, refused, tiny_folder
 
 import drllm_fast
 from drllm_fast import cli
 
 ROOT = Path(__file__).parent.parent
-LAYERS = 4
-TEMPLATE = "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder with a random Llama of 4 layers and a tokenizer of single bytes, without a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate(["<end>", "<pad>", *alphabet])}
-    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", pad_token="<pad>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocab),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=1,
-        dtype=torch.float32,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
-def chatty(tiny, tmp_path_factory):
-    """The same, with a chat template."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("chatty")
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(folder)
-    return folder
-
-
-def call(*arguments):
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+def chatty(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("chatty"), template=TEMPLATE)
 
 
 def generate(model, policy, *more, prompts=("Hello", "A longer prompt"), new=6):
@@ -79,14 +39,6 @@ def generate(model, policy, *more, prompts=("Hello", "A longer prompt"), new=6):
 def as_json(result):
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
-
-
-def refused(result, *words):
-    assert result.exit_code == 2, (result.exit_code, result.output)
-    assert "Traceback" not in result.output and result.stdout == ""
-    flat = " ".join(result.stderr.replace("│", " ").split())
-    for word in words:
-        assert word in flat, flat
 
 
 def reference(model, prompts, plan, new=6):

@@ -61,7 +61,7 @@ def run_ranks(
     were set by something else, rank r has units r, r + world, ...; `Outcome.how` says which it was. torchrun stops all
     ranks when one ends with an error, UnitsFailed too; what they have in hand is searched by the next run.
     """
-    rank, world = _rank_and_world()
+    rank, world = rank_and_world()
     all_units = unfinished(units, set())
     done = store.done()
     draw = _agent_counter()
@@ -98,7 +98,8 @@ def run_ranks(
     return _ended(outcome, queue, units, store)
 
 
-def _rank_and_world() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and how many there are. ValueError without a launcher."""
     try:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError) as error:

@@ -132,6 +132,14 @@ def check_same(
         )
 
 
+def check_folder(folder: Path, given: Manifest) -> None:
+    """What `check_same` finds before the model is there: its fingerprint is not compared. Errors as `read`'s."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; give a folder for the search's output")
+    if (folder / FILE).exists():
+        check_same(folder, read(folder), given, lambda fingerprint: None)
+
+
 def with_store(manifest: Manifest, store: str) -> Manifest:
     return replace(manifest, store=store)
 

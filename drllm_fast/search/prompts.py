@@ -259,7 +259,7 @@ def form_of(task: str) -> Form:
     if task not in FORMS:
         raise ValueError(
             f"no prompt form for the task {task!r}; known are {', '.join(sorted(FORMS))}. For other data name a form, "
-            "such as form='question'"
+            "such as form='question' (--form question)"
         )
     return FORMS[task]
 

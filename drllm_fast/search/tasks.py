@@ -41,6 +41,7 @@ def load_task(
     examples: str | None = None,
     max_new_tokens: int | None = None,
     drop_unanswered: bool = False,
+    rows: list[Row] | None = None,
 ) -> list[Item]:
     """The items of a task, in the order of its data.
 
@@ -55,6 +56,7 @@ def load_task(
     examples        another spec to take solved examples from; the task's own rows by default, never the item itself
     max_new_tokens  of a free answer, instead of the form's
     drop_unanswered leave out rows with an empty answer, which no grader can use; otherwise they are an error
+    rows            what `load_rows` gave for the spec, if they are loaded already
 
     The same arguments give the same items; an item's prompt does not depend on `limit` and `levels`. ValueError or
     OSError says what is wrong with a spec, a file or a row.
@@ -62,7 +64,8 @@ def load_task(
     for name, value, least in (("limit", limit, 1), ("shots", shots, 0), ("max_new_tokens", max_new_tokens, 1)):
         if value is not None and value < least:
             raise ValueError(f"{name}={value}; it must be at least {least}")
-    rows = _answered(load_rows(spec, seed=seed, fields=fields), form, drop_unanswered)
+    rows = load_rows(spec, seed=seed, fields=fields) if rows is None else rows
+    rows = _answered(rows, form, drop_unanswered)
     pool = _answered(load_rows(examples, seed=seed, fields=fields), form, drop_unanswered) if examples else rows
     chosen = _of_levels(rows, levels)[:limit]
     forms = {name: form_of(form or name) for name in dict.fromkeys(row["form"] for row in chosen)}
@@ -151,7 +154,7 @@ class _Examples:
             like = f" with its {self.form.shots_like} {self._group(row)!r}" if self.form.shots_like else ""
             raise ValueError(
                 f"{self.shots} solved examples were asked for, and row {row['id']} of {row['task']} has {len(others)} "
-                f"others{like}; ask for fewer shots, or name more rows with examples=..."
+                f"others{like}; ask for fewer shots, or name more rows with examples=... (--examples)"
             )
         return others[: self.shots]
 
@@ -170,7 +173,7 @@ def _answered(rows: list[Row], form: str | None, drop: bool) -> list[Row]:
         row = rows[empty.index(True)]
         raise ValueError(
             f"{sum(empty)} of {len(rows)} rows have an empty answer (the first is {row['id']} of {row['task']}), which "
-            "no grader can use; answer them, or leave them out with drop_unanswered=True"
+            "no grader can use; answer them, or leave them out with drop_unanswered=True (--drop-unanswered)"
         )
     if not answered:
         raise ValueError(f"none of the {len(rows)} rows has an answer")
