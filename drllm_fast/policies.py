@@ -76,7 +76,7 @@ def as_plan(plan: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
     allowed = "a layer path is L integers, 0 skip, 1 execute, 2 repeat; a plan is one path or a list of paths"
     if not isinstance(plan, Tensor):
         try:
-            plan = torch.as_tensor(plan)
+            plan = torch.as_tensor(plan, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             ragged = isinstance(plan, Sequence) and len({len(p) for p in plan if isinstance(p, Sequence)}) > 1
             raise (ValueError if ragged else TypeError)(

@@ -1,5 +1,6 @@
 """The evaluator against Hugging Face's own model with an edited stack of layers."""
 
+import gc
 import random
 
 import pytest
@@ -8,7 +9,9 @@ from characters import Characters
 from families import FAMILIES, LAYERS, tiny
 from oracles import edited, greedy
 
+from drllm_fast.active import ACTIVE
 from drllm_fast.search import PathEvaluator
+from drllm_fast.search.path_tree import Prefix
 
 TOKENIZER = Characters()
 STORES = {"on": 1 << 30, "off": 0, "tiny": 3 * 20 * 32 * 4}
@@ -61,6 +64,39 @@ def test_greedy_answers_equal_those_of_edited_stacks(family):
         evaluator = PathEvaluator(model, TOKENIZER, store_bytes=size)
         for _ in range(2):
             assert evaluator.greedy_many(requests, new) == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "mixtral"])
+def test_forwards_of_one_token(family):
+    """Where the stand-in for a mask is as long as the prompt."""
+    model, paths = tiny(family), some_paths(5)
+    evaluator = PathEvaluator(model, TOKENIZER)
+    expected = one_by_one(model, "A", ["b", "c"], paths)
+    torch.testing.assert_close(evaluator.score_choices("A", ["b", "c"], paths), expected, atol=5e-4, rtol=0)
+    answers = [greedy(edited(model, path), torch.tensor(TOKENIZER.encode("A")), 4)[0].tolist() for path in paths]
+    assert evaluator.greedy("A", paths, 4) == answers
+    assert evaluator.score_choices("", ["b", "c"], paths).std(0).min() > 0.05
+
+
+def test_long_prompts_and_answers():
+    """A window is passed, and a slot grows, more than once."""
+    model, paths, new = tiny("gemma3_text"), some_paths(4), 140
+    requests = [("Up or down? " * 9, paths), ("Up?", paths[:1])]
+    expected = [
+        [greedy(edited(model, path), torch.tensor(TOKENIZER.encode(prompt)), new)[0].tolist() for path in own]
+        for prompt, own in requests
+    ]
+    assert PathEvaluator(model, TOKENIZER).greedy_many(requests, new) == expected
+
+
+def test_decoding_does_not_write_to_the_store():
+    evaluator = PathEvaluator(tiny("llama"), TOKENIZER)
+    for _ in range(2):  # the second time from the store
+        answer = evaluator.greedy(CONTEXT, [1, 0, 2, 1], 9)
+        states = [t for p in evaluator.store._kept.values() for t in (p.hidden, *(t for pair in p.slots for t in pair))]
+        before = [t.clone() for t in states]
+        assert evaluator.greedy(CONTEXT, [1, 0, 2, 1], 9) == answer
+        assert len(states) == 4 + 2 * 4 and all(map(torch.equal, states, before))
 
 
 def test_a_prompt_asked_twice_is_run_once():
@@ -128,6 +164,120 @@ def test_the_store_keeps_to_its_size_and_drops_descendants_first():
         evaluator.forget(prompt)
     evaluator.forget(CONTEXT, CHOICES)
     assert len(store) == store.bytes == 0
+
+
+def test_prompts_share_a_small_store():
+    """None pushes out what another one's states extend, and all have their first blocks kept."""
+    model, rng = tiny("llama"), random.Random(0)
+    texts = [f"Which way is {word}?" for word in ("up", "down", "left", "back")]
+    for size in (4_000, 30_000, 100_000):
+        evaluator = PathEvaluator(model, TOKENIZER, store_bytes=size)
+        kept = evaluator.store._kept
+        for _ in range(30):
+            own = rng.sample(texts, 3)
+            evaluator.score_many([(text, CHOICES, some_paths(3, seed=rng.randrange(4))) for text in own])
+            for (prompt, path), prefix in kept.items():
+                assert prefix.parent.path == path[:-1] and (len(path) == 1 or kept[prompt, path[:-1]] is prefix.parent)
+    evaluator = PathEvaluator(model, TOKENIZER, store_bytes=STORES["tiny"] * 8)
+    evaluator.score_many([(text, CHOICES, some_paths(3)) for text in texts])
+    assert len({prompt for (prompt, _), _ in evaluator.store._kept}) == len(texts)
+
+
+def test_nothing_but_the_store_outlives_a_call():
+    """No cycle, no view and no parent keeps a forward's tensors."""
+    evaluator = PathEvaluator(tiny("llama"), TOKENIZER, store_bytes=60_000)
+
+    def run(seed):
+        evaluator.score_many([(CONTEXT, CHOICES, some_paths(5, seed=seed)), (f"Or {seed}", CHOICES, some_paths(3))])
+        evaluator.greedy_many([(CONTEXT, some_paths(5, seed=seed)), ("Or", some_paths(3))], 3)
+        evaluator.divergence(CONTEXT, CHOICES, some_paths(2, seed=seed))
+
+    def storages():
+        held = [t.untyped_storage() for t in gc.get_objects() if type(t) is torch.Tensor]
+        return {storage.data_ptr(): storage.nbytes() for storage in held}
+
+    run(0)
+    evaluator.store.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        before = storages()
+        for seed in range(1, 5):
+            run(seed)
+        left = sum(size for place, size in storages().items() if place not in before)
+        tries = sum(prompt.trie.keys.nbytes for prompt in evaluator._prompts.values())
+        assert 0 < evaluator.store.bytes <= left <= evaluator.store.bytes + tries
+        kept = set(map(id, evaluator.store._kept.values()))
+        assert all(id(p) in kept for p in gc.get_objects() if type(p) is Prefix and p.path)
+    finally:
+        gc.enable()
+
+
+def test_a_call_that_dies_leaves_nothing_behind(monkeypatch):
+    model, paths = tiny("llama"), some_paths(5)
+    kinds = [type(module) for module in model.modules()]
+    expected = PathEvaluator(model, TOKENIZER).score_choices(CONTEXT, CHOICES, paths)
+    answers = PathEvaluator(model, TOKENIZER).greedy(CONTEXT, paths, 4)
+    evaluator = PathEvaluator(model, TOKENIZER, max_tokens=150)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    places = [(model.model.layers[2].mlp, "forward"), (model.lm_head, "forward"), (torch.Tensor, "index_add_")]
+    for target, name in places:
+        for call in (
+            lambda: evaluator.score_choices(CONTEXT, CHOICES, paths),
+            lambda: evaluator.divergence(CONTEXT, CHOICES, paths),
+            lambda: evaluator.greedy(CONTEXT, paths, 4),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(target, name, interrupt)
+                try:
+                    call()
+                except KeyboardInterrupt as caught:  # held on to, as a debugger or a notebook does
+                    error = caught
+            assert error.__traceback__ and not torch.is_inference_mode_enabled() and ACTIVE.get() is None
+            assert [type(module) for module in model.modules()] == kinds
+    torch.testing.assert_close(evaluator.score_choices(CONTEXT, CHOICES, paths), expected)
+    assert evaluator.greedy(CONTEXT, paths, 4) == answers
+
+
+def test_defaults_of_torch_do_not_matter():
+    model, paths = tiny("llama"), some_paths(3)
+    requests = [(CONTEXT, paths), ("A", paths)]
+
+    def run():
+        evaluator = PathEvaluator(model, TOKENIZER)
+        scores = evaluator.score_choices(CONTEXT, CHOICES, paths), evaluator.divergence(CONTEXT, CHOICES, paths)
+        return *scores, evaluator.greedy_many(requests, 3)
+
+    expected = run()
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float64)
+        found = run()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found[:2], expected)) and found[2] == expected[2]
+    assert {t.dtype for t in found[:2]} == {torch.float32} and not any(t.is_inference() for t in found[:2])
+
+
+def test_states_of_another_arithmetic_are_not_used():
+    model, paths = tiny("llama"), some_paths(3)
+    evaluator = PathEvaluator(model, TOKENIZER)
+
+    def same():
+        fresh = PathEvaluator(model, TOKENIZER).score_choices(CONTEXT, CHOICES, paths)
+        assert torch.equal(evaluator.score_choices(CONTEXT, CHOICES, paths), fresh)
+        return fresh
+
+    exact = same()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not torch.allclose(same(), exact, atol=1e-3)
+    same()
+    model.to(torch.bfloat16)
+    assert not torch.allclose(same(), exact, atol=1e-3)
 
 
 @torch.no_grad()
@@ -207,5 +357,10 @@ def test_refusals():
         evaluator.greedy("x" * 250, path, 7)
     with pytest.raises(ValueError, match="max_new_tokens"):
         evaluator.greedy("x", path, 0)
+    for stop in ("end", ["end", ""]):
+        with pytest.raises(ValueError, match="stop must be a list of texts"):
+            evaluator.greedy("x", path, 1, stop=stop)
+    with pytest.raises(NotImplementedError, match="output_router_logits"):
+        PathEvaluator(tiny("mixtral", output_router_logits=True), TOKENIZER)
     with pytest.raises(ValueError, match="store_bytes|max_bytes"):
         PathEvaluator(tiny("llama"), TOKENIZER, store_bytes=-1)

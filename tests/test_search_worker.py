@@ -160,8 +160,19 @@ def test_rewards(reward):
             assert result.rewards == pytest.approx(right)
 
 
+@pytest.mark.parametrize("reward", ["loglik", "kl"])
+def test_nothing_is_remembered_of_a_searched_item(reward):
+    model = tiny("llama")
+    evaluator = PathEvaluator(model, TOKENIZER)
+    worker = SearchWorker(evaluator, replace(CONFIG, reward=reward), model_hash="m")
+    assert len(list(worker.run(choice_items(3) + free_items(model, 3)))) == 6
+    assert not evaluator._prompts and len(evaluator.store) == evaluator.store.bytes == 0
+
+
 def test_refusals():
     model = tiny("llama")
+    with pytest.raises(ValueError, match="has only one"):
+        search(model, [replace(choice_items(1)[0], choices=(" no",), answer=0)], replace(CONFIG, reward="margin"))
     with pytest.raises(ValueError, match="compares choices"):
         search(model, free_items(model, 1), replace(CONFIG, reward="margin"))
     with pytest.raises(ValueError, match="reward must be one of"):

@@ -7,7 +7,7 @@ leaves behind serve the next one (`prefix_store`).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +63,8 @@ class PathEvaluator:
     max_tokens       of a forward at its widest; more paths are run in several
     max_logits       bytes of logits made at once
 
-    The model is routed while a call runs, and left as it was. Not for several threads at once.
+    The model is routed while a call runs, and left as it was. Not for several threads at once. States are kept as long
+    as dtype, device and autocast stay the same; call `store.clear()` when weights or adapters have changed.
     Raises what `enable_dynamic_routing` does for a model that cannot be routed exactly.
     """
 
@@ -84,8 +85,13 @@ class PathEvaluator:
         if max_tokens < 1 or max_logits < 1:
             raise ValueError(f"max_tokens and max_logits must be positive, got {max_tokens} and {max_logits}")
         self.max_tokens, self.max_logits = max_tokens, max_logits
+        if getattr(self.decoder.config, "output_router_logits", False):
+            raise NotImplementedError(
+                "output_router_logits=True in the model's config is not supported; set it to False"
+            )
         self.stats = EvaluatorStats()
         self._prompts: OrderedDict[tuple, EncodedPrompt] = OrderedDict()
+        self._arithmetic: tuple | None = None  # of the states in the store
 
     @property
     def device(self) -> torch.device:
@@ -107,13 +113,16 @@ class PathEvaluator:
         """`score_choices` of several prompts, in shared forwards."""
         prompts = [self._choices(context, choices) for context, choices, _ in requests]
         plans = [self._paths(paths) for _, _, paths in requests]
-        out = [torch.zeros(len(plan), prompt.choices) for plan, prompt in zip(plans, prompts, strict=True)]
-        for pieces in batches(prompts, plans, self.max_tokens):
-            for piece, row, logp in self._log_probs(pieces):
-                index, tokens, choice = torch.tensor(piece.prompt.targets, device=logp.device).T
-                scores = torch.zeros(piece.prompt.choices).index_add_(0, choice.cpu(), logp[index, tokens].cpu())
+        out = [
+            torch.zeros(len(plan), prompt.choices, dtype=torch.float32, device="cpu")
+            for plan, prompt in zip(plans, prompts, strict=True)
+        ]
+        with self._routed(), torch.inference_mode():
+            for piece, row, logp in self._log_probs(batches(prompts, plans, self.max_tokens)):
+                index, tokens, choice = torch.tensor(piece.prompt.targets, device="cpu").T
+                told = logp[index.to(logp.device), tokens.to(logp.device)].cpu()
                 for request, place in piece.places[row]:
-                    out[request][place] = scores
+                    out[request][place].index_add_(0, choice, told)
         return out
 
     def divergence(self, context: str, choices: Sequence[str], paths: Any) -> Tensor:
@@ -121,12 +130,10 @@ class PathEvaluator:
         places where `score_choices` predicts a token of a choice. No right answer is needed."""
         prompt, plan = self._choices(context, choices), self._paths(paths)
         dense = (1,) * self.num_layers
-        reference: Tensor | None = None
-        for _, _, logp in self._log_probs([Piece(prompt, [dense], [[]])], count=False):
-            reference = logp
-        out = torch.zeros(len(plan))
-        for pieces in batches([prompt], [plan], self.max_tokens):
-            for piece, row, logp in self._log_probs(pieces):
+        out = torch.zeros(len(plan), dtype=torch.float32, device="cpu")
+        with self._routed(), torch.inference_mode():
+            [(_, _, reference)] = self._log_probs([[Piece(prompt, [dense], [[]])]], count=False)
+            for piece, row, logp in self._log_probs(batches([prompt], [plan], self.max_tokens)):
                 kl = (reference.exp() * (reference - logp)).sum(-1).mean()
                 for _, place in piece.places[row]:
                     out[place] = kl
@@ -144,17 +151,19 @@ class PathEvaluator:
         """`greedy` of several prompts, in shared forwards."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if isinstance(stop, str) or not all(stop):
+            raise ValueError(f"stop must be a list of texts, none of them empty, got {stop!r:.80}")
         prompts = [self._free(prompt, max_new_tokens) for prompt, _ in requests]
         plans = [self._paths(paths) for _, paths in requests]
         out: list[list[list[int]]] = [[[] for _ in plan] for plan in plans]
-        for pieces in batches(prompts, plans, self.max_tokens):
-            with self._routed(), torch.inference_mode():
+        with self._routed(), torch.inference_mode():
+            for pieces in batches(prompts, plans, self.max_tokens):
                 cache, first = self._prefill(pieces)
                 answers = decode(self.top, self.tokenizer, cache, first, max_new_tokens, stop)
-            rows = [places for piece in pieces for places in piece.places]
-            for places, answer in zip(rows, answers, strict=True):
-                for request, place in places:
-                    out[request][place] = list(answer)
+                rows = [places for piece in pieces for places in piece.places]
+                for places, answer in zip(rows, answers, strict=True):
+                    for request, place in places:
+                        out[request][place] = list(answer)
         return out
 
     def forget(self, context: str, choices: Sequence[str] | None = None) -> None:
@@ -240,18 +249,20 @@ class PathEvaluator:
         finally:
             ACTIVE.reset(token)
 
-    def _log_probs(self, pieces: list[Piece], count: bool = True) -> Iterator[tuple[Piece, int, Tensor]]:
-        """Run the pieces; for each and each of its paths: log-probabilities float32 [n, V] at the prompt's places."""
-        with self._routed(), torch.inference_mode():
+    def _log_probs(self, forwards: Iterable[list[Piece]], count: bool = True) -> Iterator[tuple[Piece, int, Tensor]]:
+        """Run the pieces of each forward; for each piece and each of its paths: log-probabilities float32 [n, V] at the
+        prompt's places. The model is routed and in inference mode around it: a generator that is left in the middle
+        would leave both on."""
+        for pieces in forwards:
             run = self._start(pieces, None, count)
             offsets = _offsets(run)
             vocabulary = self.top.config.get_text_config(decoder=True).vocab_size
             for q, piece in enumerate(pieces):
-                at = torch.tensor(piece.prompt.at)
+                at = torch.tensor(piece.prompt.at, device="cpu")
                 group = max(1, self.max_logits // (4 * vocabulary * len(at)))
                 for first in range(0, len(piece.paths), group):
-                    begins = torch.tensor([offsets[q][path] for path in piece.paths[first : first + group]])
-                    index = (begins.unsqueeze(1) + at).reshape(-1).to(self.device)
+                    begins = [offsets[q][path] for path in piece.paths[first : first + group]]
+                    index = torch.cat([at + begin for begin in begins]).to(self.device)
                     logits = self._run(run, index)[0]
                     # One path at a time: what is made of its logits then stays in a CPU's cache.
                     for row, some in enumerate(logits.split(len(at)), first):
@@ -274,12 +285,8 @@ class PathEvaluator:
     def _keep(self, run: TreeForward, pieces: list[Piece], with_keys: bool, count: bool) -> None:
         if count:
             self.stats.visits += run.visits
-        fresh: list[list[Prefix]] = [[] for _ in pieces]
-        for step in run.tree.steps:
-            for _, _, child in step.children:
-                fresh[child.prompt].append(child)
-        for q, piece in enumerate(pieces):
-            self.store.keep((piece.prompt, with_keys), fresh[q], list(run.tree.leaves[q].values()))
+        fresh = [child for step in run.tree.steps for _, _, child in step.children]
+        self.store.keep([(piece.prompt, with_keys) for piece in pieces], fresh, run.tree.last)
 
     @contextmanager
     def _routed(self) -> Iterator[None]:
@@ -287,6 +294,11 @@ class PathEvaluator:
         own = not hasattr(self.decoder, "_drllm_routing")
         if own:
             enable_dynamic_routing(self.top, [1] * self.num_layers)
+        weight, kind = self.decoder.get_input_embeddings().weight, self.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if (arithmetic := (weight.dtype, weight.device, autocast)) != self._arithmetic:
+            self._arithmetic = arithmetic
+            self.store.clear()
         routing = self.decoder._drllm_routing
         last = routing.last
         try:

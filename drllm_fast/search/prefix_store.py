@@ -35,9 +35,10 @@ class PrefixStore:
                 return found
         return None
 
-    def keep(self, prompt: Hashable, fresh: Sequence[Prefix], used: Sequence[Prefix]) -> None:
-        """Keep the `fresh` states of a forward, copied out of its tensors: the shallowest first where not all have
-        room, since most paths share those. `used`: the whole paths it ran; they and all they extend are recent now."""
+    def keep(self, prompts: Sequence[Hashable], fresh: Sequence[Prefix], used: Sequence[Prefix]) -> None:
+        """Keep the `fresh` states of a forward of `prompts`, copied out of its tensors: the shallowest first where not
+        all have room, since most paths share those. `used`: the whole paths it ran; they and all they extend are recent
+        now. All prompts at once: kept one by one, a prompt would push out what the next one's states extend."""
         room, chosen = self.max_bytes, []
         for prefix in sorted(fresh, key=lambda p: len(p.path)):
             room -= prefix.bytes()
@@ -47,11 +48,11 @@ class PrefixStore:
         for prefix in chosen:
             prefix.hidden = prefix.hidden.clone()
             prefix.slots = tuple((k.clone(), v.clone()) for k, v in prefix.slots)
-            self._kept[prompt, prefix.path] = prefix
+            self._kept[prompts[prefix.prompt], prefix.path] = prefix
             self.bytes += prefix.bytes()
         for leaf in used:
-            at: Prefix | None = leaf
-            while at is not None and at.path:
+            at, prompt = leaf, prompts[leaf.prompt]
+            while at.path:
                 if (prompt, at.path) in self._kept:
                     self._kept.move_to_end((prompt, at.path))
                 at = at.parent

@@ -45,6 +45,8 @@ def check_reward(config: SearchConfig, item: Item) -> None:
             f"the reward margin compares choices, and {item.task} asks for free answers; use exact, agreement, loglik "
             "or kl"
         )
+    if config.reward == "margin" and len(item.choices) < 2:
+        raise ValueError(f"the reward margin compares choices, and item {item.id} has only one")
     if config.agree < 1:
         raise ValueError(f"agree must be at least 1, got {config.agree}")
 

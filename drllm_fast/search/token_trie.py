@@ -70,7 +70,7 @@ class TokenTrie:
             keys.append(chain)
         self.nodes = [[number[node] for node in path] for path in made]
         self.held = [len(chain) for chain in keys]
-        self.keys: Tensor = torch.tensor([token for chain in keys for token in chain])
+        self.keys: Tensor = torch.tensor([token for chain in keys for token in chain], device="cpu")
 
     def __len__(self) -> int:
         return len(self.ids)

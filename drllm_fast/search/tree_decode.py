@@ -73,7 +73,9 @@ def decode(
             cache.batch_select_indices(going)
         mask = None
         if cache.real is not None:
-            mask = torch.cat([cache.real, torch.ones(len(running), 1, dtype=torch.bool)], dim=1).to(tokens.device)
+            mask = torch.cat([cache.real, torch.ones(len(running), 1, dtype=torch.bool, device="cpu")], dim=1).to(
+                tokens.device
+            )
         logits = model(
             input_ids=tokens.unsqueeze(1), attention_mask=mask, use_cache=True, return_dict=True, **{given: cache}
         ).logits[:, -1]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drllm_fast.attention import NO_MASK
 from drllm_fast.search.path_tree import PathTree
 from drllm_fast.search.token_trie import TokenTrie
 
@@ -57,7 +58,7 @@ class TreeForward:
         self._subsets: dict[tuple[int, ...], Tensor] = {}
         self._parts: dict[tuple, tuple[object, object]] = {}
         self._segments: dict[tuple[int, ...], tuple] = {}
-        self._layouts: dict[tuple[int, ...], tuple] = {}
+        self._layouts: dict[tuple, tuple] = {}
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         """ids and positions [1, T0] of the base model."""
@@ -142,12 +143,13 @@ class TreeForward:
             )
         index, new, starts, held = self._segments_of(visit.prompts)
         if index is not None:
+            index = index.to(keys.device)
             keys, values = keys.index_select(2, index), values.index_select(2, index)
         return keys, values, new, starts, held
 
     def key_layout(self, new: list[int], starts: list[int], total: list[int], device: torch.device) -> tuple:
         """As `RoutedForward.key_layout`."""
-        key = self.visit.prompts
+        key = (self.visit.prompts, device)
         if key not in self._layouts:
             packed = total == new and starts == [0, *accumulate(new[:-1])]
             offsets = [0, *accumulate(new)]
@@ -173,11 +175,11 @@ class TreeForward:
     def _part(self, argument: object, prompts: tuple[int, ...]) -> object:
         """The part of a layer's argument, made for the prompts' tokens, that belongs to rows of `prompts`."""
         if isinstance(argument, Tensor):
-            if argument.ndim < 2 or argument.shape[1] != self._begins[-1]:
+            if argument.ndim < 2 or argument.shape[1] != self._begins[-1] or argument.shape == NO_MASK:
                 return argument
-            key = (id(argument), prompts)
+            key = (id(argument), prompts, argument.device)
             if key not in self._parts:  # the argument is kept beside its part, or its id could be given away
-                self._parts[key] = (argument, argument.index_select(1, self._subset(prompts)))
+                self._parts[key] = (argument, argument.index_select(1, self._subset(prompts).to(argument.device)))
             return self._parts[key][1]
         if isinstance(argument, tuple | list):
             return type(argument)(self._part(a, prompts) for a in argument)
@@ -187,7 +189,7 @@ class TreeForward:
 
     def _subset(self, prompts: tuple[int, ...]) -> Tensor:
         if prompts not in self._subsets:
-            parts = [torch.arange(self._begins[q], self._begins[q + 1]) for q in range(len(self.prompts))]
+            parts = [torch.arange(self._begins[q], self._begins[q + 1], device="cpu") for q in range(len(self.prompts))]
             self._subsets[prompts] = torch.cat([parts[q] for q in prompts]).to(self.device)
         return self._subsets[prompts]
 

@@ -61,7 +61,8 @@ class SearchWorker:
                 search.tell()
             for search in [search for search in active if search.done]:
                 active.remove(search)
-                self.evaluator.forget(search.item.prompt, search.item.choices)
+                for choices in (search.item.choices, search.answer):
+                    self.evaluator.forget(search.item.prompt, choices)
                 yield search.result()
 
     def _visits(self) -> tuple[int, int]:
@@ -94,13 +95,12 @@ class SearchWorker:
         """Of a free answer, that of the right answer's tokens."""
         if self.config.reward not in NEEDS_SCORES:
             return [None] * len(paths)
-        answer = [f" {search.item.answer}"]
-        return [tuple(row) for row in self.evaluator.score_choices(search.item.prompt, answer, paths).tolist()]
+        return [tuple(row) for row in self.evaluator.score_choices(search.item.prompt, search.answer, paths).tolist()]
 
     def _divergence(self, search: ItemSearch, paths: list[LayerPath]) -> list[float | None]:
         if self.config.reward != "kl":
             return [None] * len(paths)
-        choices = search.item.choices or [f" {search.item.answer}"]
+        choices = search.item.choices or search.answer
         return self.evaluator.divergence(search.item.prompt, choices, paths).tolist()
 
 
@@ -157,6 +157,7 @@ class ItemSearch:
         single = edits(self.dense)
         self.probes = self.rng.sample(single, min(worker.config.probes, len(single)))
         self.aims: list[_Aim] = []
+        self.answer = [f" {item.answer}"]  # the right one as a continuation, where there are no choices
         self.visits = 0.0
         self.visits_alone = 0
         self._begun = time.perf_counter()
