@@ -18,9 +18,10 @@ each.
 
 Which edit is tried next. Edits repeat all over the tree. Each told edge gives the gain in reward from parent to child,
 shared equally by the blocks it changes; a new edit's estimate is the sum over its blocks of total gain / (count + 1), 0
-for what was never tried. The largest estimate goes first. 0 or 1 does not tell how much an edit helps: while rewards
-are that, the estimate has the UCB's length term as well, times the prior's weight over its mean where a block is
-skipped. Equal estimates are in random order, weighted by the prior.
+for what was never tried. The largest estimate goes first, equal ones are in random order, weighted by the prior. 0
+or 1 does not tell how much an edit helps: while rewards are that, the estimate has the UCB's length term as well, times
+the prior's weight over its mean where a block is skipped, and every other edit, about, is drawn at random as the paper
+does, for by length alone a repeat would never be tried.
 
 Transpositions. Edits commute, so that nodes are shared by path: a DAG. A walk adds to the nodes it came through only.
 
@@ -30,6 +31,7 @@ asked at once, the more each is chosen by what is known: where many searches sha
 
     options["widening"], ["widening_power"]  k, alpha; with k = 0 only leaves expand
     options["learn_order"]                   whether gains order the edits; else only the prior does
+    options["random_edit"]                   with rewards of 0 and 1: the share of edits that are drawn
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ class TreeSearch(BaseSearch):
     OPTIONS = {"widening": 0.7, "widening_power": 0.5, "learn_order": True, "random_edit": 0.5}
 
     def _start(self) -> None:
-        at_least(self.config, self.options, widening=0, widening_power=0)
+        at_least(self.config, self.options, widening=0, widening_power=0, random_edit=0)
+        if self.options["random_edit"] > 1:
+            raise ValueError(f"options['random_edit'] must be between 0 and 1, got {self.options['random_edit']}")
         self.nodes: dict[LayerPath, Node] = {}
         self.root = self._node(self.dense)
         self._walks: dict[LayerPath, list[Node]] = {}
