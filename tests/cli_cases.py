@@ -1,10 +1,19 @@
-"""For tests of the command line: a tiny random model in a folder, and calls of the command in this process."""
+"""For tests of the command line: a tiny random model in a folder, tasks, and calls of the command."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from typer.testing import CliRunner
 
 from drllm_fast import cli
 
+ROOT = Path(__file__).parent.parent
 LAYERS = 4
 TEMPLATE = "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 
@@ -50,3 +59,37 @@ def refused(result, *words):
     flat = " ".join(result.stderr.replace("│", " ").split())
     for word in words:
         assert word in flat, flat
+
+
+def quiz(path, count=5, seed=0):
+    """Fills a file with made-up questions of four choices and two levels."""
+    rng = random.Random(seed)
+    words = ["north", "no", "a tree", "six", "all of it", "why"]
+    rows = [
+        {"id": f"q{i}", "question": f"{rng.choice('What Who Why'.split())} is {i}?", "choices": rng.sample(words, 4),
+         "answer": rng.randrange(4), "level": 1 + i % 2}
+        for i in range(count)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def free(path, count=3, **more):
+    """Fills a file with made-up questions of free answers."""
+    rows = [{"question": f"{i} and 1 make", "choices": None, "answer": str(i + 1), **more} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def start(*arguments):
+    """Python with these arguments, as a process of its own."""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what it puts into the background with interrupts ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
