@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import json
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -375,7 +376,9 @@ def _check_config(config: Any) -> None:
 
 
 def _check_executor(executor: str, workers: int, ray_address: str | None) -> None:
-    """ValueError or ImportError where it cannot run, or is given what is another one's."""
+    """ValueError or ImportError where it cannot run or store, or is given what is another one's."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ImportError('paths are stored with pyarrow: pip install "drllm-fast[search]"')
     if executor == "ray":
         import drllm_fast.search.ray_executor  # noqa: F401
     elif workers > 1 or ray_address is not None:

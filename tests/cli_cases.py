@@ -6,12 +6,14 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from typer.testing import CliRunner
 
 from drllm_fast import cli
+from drllm_fast.search.store import read_store
 
 ROOT = Path(__file__).parent.parent
 LAYERS = 4
@@ -93,3 +95,32 @@ def start(*arguments):
         # A shell starts what it puts into the background with interrupts ignored, and that is inherited.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+
+
+def ended(result):
+    """The result of a call that went well."""
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+def results(folder):
+    """All that was stored, but for the time it took."""
+    with read_store(folder) as store:
+        assert store.duplicates == 0
+        found = [asdict(result) for result in store.results()]
+    for result in found:
+        del result["seconds"]
+    return found
+
+
+def contents(folder):
+    """Of each file, those of an open database aside."""
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix not in (".sqlite-wal", ".sqlite-shm")
+    }
+
+
+def without_cost(found):
+    """Without `visits`: a forward that several prompts share is shared out among those that happen to be in it."""
+    assert all(0 < result.pop("visits") <= result["visits_alone"] for result in found)
+    return found
