@@ -24,7 +24,7 @@ def whole(model, tmp_path_factory):
     """A task that takes seconds, and the results of a search of it in one go."""
     folder = tmp_path_factory.mktemp("whole")
     task = quiz(folder / "quiz.jsonl", COUNT)
-    ended(search(model, task, folder / "out", *LONG))
+    ended(call(*command(model, task, folder / "out")[2:]))
     return task, without_cost(results(folder / "out"))
 
 
