@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -331,8 +332,8 @@ def _execute(
     workers: int,
     ray_address: str | None,
 ) -> bool:
-    """Search the units that are left; whether all are stored then."""
-    from drllm_fast.search.executors import run_local, run_ranks
+    """Search the units that are left; whether all are stored then, and the report is this process's to make."""
+    from drllm_fast.search.executors import rank_and_world, run_local, run_ranks
 
     if executor == "ray":
         from drllm_fast.search.ray_executor import run_ray
@@ -346,7 +347,9 @@ def _execute(
         ).complete  # fmt: skip
     here = functools.partial(make, loaded)
     if executor == "torchrun":
-        return run_ranks(here, units, store, chunk=2 * make.together, progress=progress).complete
+        outcome = run_ranks(here, units, store, chunk=2 * make.together, progress=progress)
+        # The rank that stores the last unit reports; of ranks that found nothing to do, the first one.
+        return outcome.complete and (outcome.finished > 0 or rank_and_world()[0] == 0)
     return run_local(here, units, store, chunk=8 * make.together, progress=progress).complete
 
 
@@ -387,6 +390,8 @@ def _check_executor(executor: str, workers: int, ray_address: str | None) -> Non
         from drllm_fast.search.executors import rank_and_world
 
         rank_and_world()
+    elif "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("this is one of several ranks, and each would search all prompts; add --executor torchrun")
 
 
 def _digest(rows: list[dict[str, Any]]) -> str:

@@ -253,6 +253,17 @@ def test_bad_tasks_end_before_the_model_is_loaded(tmp_path, monkeypatch):
     assert not output.exists()
 
 
+def test_ranks_report_once(models, tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    task, reports = quiz(tmp_path / "quiz.jsonl", 3), []
+    for rank in (0, 1, 0, 1):  # the third and fourth find nothing to do
+        monkeypatch.setenv("RANK", str(rank))
+        reports.append(bool(ended(search(models["tiny"], task, tmp_path / "out", "--executor", "torchrun")).stdout))
+    assert reports == [False, True, True, False]
+    refused(search(models["tiny"], task, tmp_path / "out"), "add --executor torchrun")
+
+
 def test_a_prompt_that_fails_leaves_the_others_and_their_report(models, tmp_path):
     task = quiz(tmp_path / "quiz.jsonl", 3)
     long = {"id": "long", "question": "why " * 600, "choices": ["a", "b"], "answer": 0}
