@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import json
+import os
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -161,18 +163,22 @@ def search(
         int, typer.Option(min=0, help="Single edits drawn at random for each prompt.", rich_help_panel=SEARCH)
     ] = 8,
     seed: Annotated[
-        int, typer.Option(help="Of the search, of drawn examples and of synth_arith.", rich_help_panel=SEARCH)
+        int,
+        typer.Option(
+            min=0, max=2**63 - 1, help="Of the search, of drawn examples and of synth_arith.", rich_help_panel=SEARCH
+        ),
     ] = 0,
     max_length: Annotated[
-        float, typer.Option(help="Blocks run by a path, at most, as a multiple of all.", rich_help_panel=FINER)
+        float,
+        typer.Option(min=1, max=2, help="Blocks run by a path, at most, as a multiple of all.", rich_help_panel=FINER),
     ] = 2.0,
     leaves: Annotated[int, typer.Option(min=1, help="Paths that one search tries at once.", rich_help_panel=FINER)] = 4,
-    exploration: Annotated[float, typer.Option(help="mcts: c of the UCB formula.", rich_help_panel=FINER)] = 1.8,
+    exploration: Annotated[float, typer.Option(min=0, help="mcts: c of the UCB formula.", rich_help_panel=FINER)] = 1.8,
     length_penalty: Annotated[
-        float, typer.Option(help="mcts: lambda of the UCB formula.", rich_help_panel=FINER)
+        float, typer.Option(min=0, help="mcts: lambda of the UCB formula.", rich_help_panel=FINER)
     ] = 3.0,
     random_child: Annotated[
-        float, typer.Option(help="mcts: probability of a random child.", rich_help_panel=FINER)
+        float, typer.Option(min=0, max=1, help="mcts: probability of a random child.", rich_help_panel=FINER)
     ] = 0.1,
     option: Annotated[
         list[str] | None,
@@ -227,6 +233,7 @@ def search(
     fields = dict(_pair(text, "--field") for text in field) if field else None
     _check_config(config)
     _check_executor(executor.value, workers, ray_address)
+    find_device(device)
 
     rows = load_rows(task, seed=seed, fields=fields)
     loader = WorkerMaker(model, dtype.value, device, threads, config, "", seed, together, int(state_memory * 1e9))
@@ -271,20 +278,19 @@ def run_search(
     store_kind: Any = "auto",
     ray_address: str | None = None,
 ) -> None:
-    """Search the items into the folder `output`; when all are there, write and print the report.
+    """Search the items into the folder `output`; when all are there but those that failed, write and print the report.
 
     loader  its model_hash is not looked at: the store's is taken
     loaded  what `loader.load()` gave, if it was called already
     task    what the items are, fit for JSON, for the folder's manifest
     """
     from drllm_fast import fingerprint
-    from drllm_fast.search.executors import run_local, run_ranks
     from drllm_fast.search.grading import check_grader
     from drllm_fast.search.manifest import Manifest, check_folder
     from drllm_fast.search.progress import SearchProgress
     from drllm_fast.search.rewards import check_reward
     from drllm_fast.search.store import open_store
-    from drllm_fast.search.work import unfinished, work_units
+    from drllm_fast.search.work import UnitsFailed, unfinished, work_units
 
     config = loader.config
     check_grader(config.grader)
@@ -292,7 +298,8 @@ def run_search(
         check_reward(config, item)
     of = functools.partial(Manifest.of, model=loader.model, config=config, task=task, seed=loader.seed)
     check_folder(output, of(fingerprint={}))  # what can be said without the model
-    loaded = loaded or loader.load()
+    # Ray's actors load their own, on their devices.
+    loaded = loaded or (replace(loader, device="cpu") if executor == "ray" else loader).load()
     manifest = of(fingerprint=fingerprint.fingerprint(loaded[0]))
     with open_store(output, manifest, store_kind, check=functools.partial(fingerprint.check, loaded[0])) as store:
         make = replace(loader, model_hash=store.manifest.model_hash)
@@ -301,27 +308,49 @@ def run_search(
         typer.echo(
             f"{len(units)} prompts, {found} of them searched before; results go to {output} ({store.kind})", err=True
         )
-        with SearchProgress(len(units), found=found) as progress:
-            if executor == "ray":
-                from drllm_fast.search.ray_executor import run_ray
-
-                loaded = None  # the actors load their own
-                if Path(loader.model).is_dir():  # they may run in another folder
-                    make = replace(make, model=str(Path(loader.model).resolve()))
-                gpus = 1.0 if find_device(loader.device).startswith("cuda") else 0.0
-                outcome = run_ray(
-                    make, units, store, workers=workers, address=ray_address, num_gpus=gpus,
-                    num_cpus=loader.threads or 1, chunk=2 * loader.together, progress=progress,
-                )  # fmt: skip
-            elif executor == "torchrun":
-                make = functools.partial(make, loaded)
-                outcome = run_ranks(make, units, store, chunk=2 * loader.together, progress=progress)
-            else:
-                outcome = run_local(
-                    functools.partial(make, loaded), units, store, chunk=8 * loader.together, progress=progress
-                )
-        if outcome.complete:
+        if executor == "ray":
+            loaded = None
+        try:
+            with SearchProgress(len(units), found=found) as progress:
+                complete = _execute(make, loaded, units, store, progress, executor, workers, ray_address)
+        except UnitsFailed as error:
+            left = unfinished(units, store.done())
+            if len(left) < len(units) and all(unit.key.text() in error.failed for unit in left):
+                report(store, output)  # of the others
+            raise
+        if complete:
             report(store, output)
+
+
+def _execute(
+    make: WorkerMaker,
+    loaded: tuple[Any, Any] | None,
+    units: list[Any],
+    store: Any,
+    progress: Any,
+    executor: str,
+    workers: int,
+    ray_address: str | None,
+) -> bool:
+    """Search the units that are left; whether all are stored then, and the report is this process's to make."""
+    from drllm_fast.search.executors import rank_and_world, run_local, run_ranks
+
+    if executor == "ray":
+        from drllm_fast.search.ray_executor import run_ray
+
+        if Path(make.model).is_dir():  # the actors may run in another folder
+            make = replace(make, model=str(Path(make.model).resolve()))
+        gpus = 1.0 if find_device(make.device).startswith("cuda") else 0.0
+        return run_ray(
+            make, units, store, workers=workers, address=ray_address, num_gpus=gpus, num_cpus=make.threads or 1,
+            chunk=2 * make.together, progress=progress,
+        ).complete  # fmt: skip
+    here = functools.partial(make, loaded)
+    if executor == "torchrun":
+        outcome = run_ranks(here, units, store, chunk=2 * make.together, progress=progress)
+        # The rank that stores the last unit reports; of ranks that found nothing to do, the first one.
+        return outcome.complete and (outcome.finished > 0 or rank_and_world()[0] == 0)
+    return run_local(here, units, store, chunk=8 * make.together, progress=progress).complete
 
 
 def report(store: Any, output: Path) -> None:
@@ -350,7 +379,9 @@ def _check_config(config: Any) -> None:
 
 
 def _check_executor(executor: str, workers: int, ray_address: str | None) -> None:
-    """ValueError or ImportError where it cannot run, or is given what is another one's."""
+    """ValueError or ImportError where it cannot run or store, or is given what is another one's."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ImportError('paths are stored with pyarrow: pip install "drllm-fast[search]"')
     if executor == "ray":
         import drllm_fast.search.ray_executor  # noqa: F401
     elif workers > 1 or ray_address is not None:
@@ -359,6 +390,8 @@ def _check_executor(executor: str, workers: int, ray_address: str | None) -> Non
         from drllm_fast.search.executors import rank_and_world
 
         rank_and_world()
+    elif "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("this is one of several ranks, and each would search all prompts; add --executor torchrun")
 
 
 def _digest(rows: list[dict[str, Any]]) -> str:

@@ -1,10 +1,21 @@
-"""For tests of the command line: a tiny random model in a folder, and calls of the command in this process."""
+"""For tests of the command line: a tiny random model in a folder, tasks, and calls of the command."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from typer.testing import CliRunner
 
 from drllm_fast import cli
+from drllm_fast.search.store import read_store
 
+ROOT = Path(__file__).parent.parent
 LAYERS = 4
 TEMPLATE = "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 
@@ -50,3 +61,66 @@ def refused(result, *words):
     flat = " ".join(result.stderr.replace("│", " ").split())
     for word in words:
         assert word in flat, flat
+
+
+def quiz(path, count=5, seed=0):
+    """Fills a file with made-up questions of four choices and two levels."""
+    rng = random.Random(seed)
+    words = ["north", "no", "a tree", "six", "all of it", "why"]
+    rows = [
+        {"id": f"q{i}", "question": f"{rng.choice('What Who Why'.split())} is {i}?", "choices": rng.sample(words, 4),
+         "answer": rng.randrange(4), "level": 1 + i % 2}
+        for i in range(count)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def free(path, count=3, **more):
+    """Fills a file with made-up questions of free answers."""
+    rows = [{"question": f"{i} and 1 make", "choices": None, "answer": str(i + 1), **more} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def start(*arguments):
+    """Python with these arguments, as a process of its own."""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what it puts into the background with interrupts ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def ended(result):
+    """The result of a call that went well."""
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+def results(folder):
+    """All that was stored, but for the time it took."""
+    with read_store(folder) as store:
+        assert store.duplicates == 0
+        found = [asdict(result) for result in store.results()]
+    for result in found:
+        del result["seconds"]
+    return found
+
+
+def contents(folder):
+    """Of each file, those of an open database aside."""
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix not in (".sqlite-wal", ".sqlite-shm")
+    }
+
+
+def without_cost(found):
+    """Without `visits`: a forward that several prompts share is shared out among those that happen to be in it."""
+    assert all(0 < result.pop("visits") <= result["visits_alone"] for result in found)
+    return found
