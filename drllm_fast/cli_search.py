@@ -233,7 +233,8 @@ def search(
     fields = dict(_pair(text, "--field") for text in field) if field else None
     _check_config(config)
     _check_executor(executor.value, workers, ray_address)
-    find_device(device)
+    if executor is not Executor.ray:
+        find_device(device)
 
     rows = load_rows(task, seed=seed, fields=fields)
     loader = WorkerMaker(model, dtype.value, device, threads, config, "", seed, together, int(state_memory * 1e9))
@@ -298,6 +299,8 @@ def run_search(
         check_reward(config, item)
     of = functools.partial(Manifest.of, model=loader.model, config=config, task=task, seed=loader.seed)
     check_folder(output, of(fingerprint={}))  # what can be said without the model
+    if executor == "torchrun" and find_device(loader.device) == "cuda":
+        loader = replace(loader, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     # Ray's actors load their own, on their devices.
     loaded = loaded or (replace(loader, device="cpu") if executor == "ray" else loader).load()
     manifest = of(fingerprint=fingerprint.fingerprint(loaded[0]))
@@ -340,7 +343,7 @@ def _execute(
 
         if Path(make.model).is_dir():  # the actors may run in another folder
             make = replace(make, model=str(Path(make.model).resolve()))
-        gpus = 1.0 if find_device(make.device).startswith("cuda") else 0.0
+        gpus = {"cpu": 0.0, "auto": None}.get(make.device, 1.0)  # auto: the cluster's machines, not this one, decide
         return run_ray(
             make, units, store, workers=workers, address=ray_address, num_gpus=gpus, num_cpus=make.threads or 1,
             chunk=2 * make.together, progress=progress,
@@ -356,8 +359,11 @@ def _execute(
 def report(store: Any, output: Path) -> None:
     """Write the paths and the report of a store beside it, and print the report."""
     from drllm_fast.search.report import SearchReport
+    from drllm_fast.search.report_paths import write_paths
 
     rows = store.export(output / "paths.parquet")
+    # The same without a word of the data, for where that may not be published.
+    write_paths(output / "paths.csv.gz", store.results(), label_free=store.manifest.config["reward"] == "kl")
     made = SearchReport.of(store.results(), manifest=store.manifest)
     files = made.write(output)
     typer.echo(made.text())

@@ -20,6 +20,7 @@ from drllm_fast.search.work import (
     Outcome,
     Progress,
     Queue,
+    UnitsFailed,
     WorkUnit,
     Writer,
     accept,
@@ -83,14 +84,15 @@ def run_ray(
     chunk: int = 1,
     progress: Progress | None = None,
     num_cpus: float = 1.0,
-    num_gpus: float = 0.0,
+    num_gpus: float | None = None,
     temp_dir: str | None = None,
 ) -> Outcome:
     """Search the units in `workers` actors, `chunk` prompts together in each.
 
     address    of a cluster, or "auto" for the one that runs here; None: RAY_ADDRESS, or a Ray of its own that ends
                with the call. A Ray that is initialised already is used, and left running.
-    num_cpus   and num_gpus: of each actor. Leave the cluster a CPU if Ray Data runs there, too.
+    num_cpus   and num_gpus: of each actor; by default one GPU where the cluster has any. Leave the cluster a CPU if Ray
+               Data runs there, too.
     temp_dir   of its own Ray; a short path, sockets in it have at most 107 characters
 
     Raises UnitsFailed at the end for units that raised, or whose worker died three times; the others are stored.
@@ -102,6 +104,8 @@ def run_ray(
     outcome = Outcome(found=len({unit.key for unit in units}) - len(todo), how=f"{workers} Ray actors")
     if todo:
         own = _connect(address, workers, num_cpus, temp_dir)  # it sets a handler of SIGTERM, so before `storing` does
+        if num_gpus is None:
+            num_gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
         crew = _Crew(make_worker, {"num_cpus": num_cpus, "num_gpus": num_gpus})
         try:
             with storing(store, progress) as writer:
@@ -153,10 +157,10 @@ def _drive(crew: _Crew, queue: Queue, writer: Writer, outcome: Outcome, workers:
 
 
 def _bury(crew: _Crew, slot: int, error: RayActorError) -> None:
-    """Forget a dead actor. RuntimeError where another would die as well: the worker cannot be made."""
+    """Forget a dead actor. UnitsFailed where another would die as well: the worker cannot be made."""
     ray.kill(crew.actors.pop(slot))  # one that is only out of reach would go on with a chunk that is another's now
     if error.actor_init_failed:
-        raise RuntimeError(f"the worker could not be made: {_short(error)}") from error
+        raise UnitsFailed(f"the worker could not be made: {_short(error)}", {}) from error
     log.warning("worker %d died (%s); starting another", slot, _short(error))
 
 
