@@ -10,6 +10,7 @@ from families import LAYERS, tiny
 from oracles import edited, greedy
 
 from drllm_fast.search import PathEvaluator
+from drllm_fast.search.base import EARLY_STOP_SAVING
 from drllm_fast.search.paths import decode, edits, encode
 from drllm_fast.search.rewards import REWARDS
 from drllm_fast.search.unit import Item, SearchConfig
@@ -158,6 +159,22 @@ def test_rewards(reward):
                 right = [a - b for a, b in zip(right, others, strict=True)]
                 assert result.correct == [margin > 0 for margin in right]
             assert result.rewards == pytest.approx(right)
+
+
+def test_agreement_decides_when_a_search_ends():
+    """At the path with which enough agree, the dense one among them, if that repairs or saves enough."""
+    model, ended = tiny("llama"), set()
+    items = choice_items(12)
+    for item in search(model, items, replace(CONFIG, reward="agreement", agree=2, control=False)).values():
+        right, end = 0, None
+        for at, (path, correct) in enumerate(zip(item.paths, item.correct, strict=True)):
+            right += correct
+            enough = not item.correct[0] or LAYERS - sum(decode(path)) >= EARLY_STOP_SAVING
+            if at and correct and right >= 2 and enough and end is None:
+                end = at
+        assert len(item.paths) - end <= CONFIG.leaves if end else len(item.paths) == CONFIG.simulations + 1
+        ended.add((item.correct[0], end is not None))
+    assert {(True, True), (False, True)} <= ended
 
 
 @pytest.mark.parametrize("reward", ["loglik", "kl"])

@@ -117,6 +117,7 @@ class _Aim:
         self.choice = None if item.choices is None else int(item.answer if target is None else target)
         self.agreement = Agreement(self.config.agree if self.config.reward == "agreement" else 1)
         first = self.outcome(search.dense)
+        self.agreement(first)
         self.searcher: Searcher = make_searcher(self.config, len(search.dense), first, seed, worker.prior)
         self.told = {search.dense: first}
         self.waiting: list[LayerPath] = []
