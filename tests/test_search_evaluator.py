@@ -393,6 +393,12 @@ def test_refusals():
     evaluator.greedy("x" * 250, path, 6)
     with pytest.raises(ValueError, match="250 tokens and 7 of its answer exceeds"):
         evaluator.greedy("x" * 250, path, 7)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope |= {"original_max_position_embeddings": 64, "factor": 4.0}
+    longer = PathEvaluator(tiny("phi3", rope_parameters=rope, original_max_position_embeddings=64), TOKENIZER)
+    longer.score_choices("x" * 63, [" y"], path)
+    with pytest.raises(ValueError, match="exceeds the model's 64 positions"):
+        longer.score_many([("x", [" y"], path), ("x" * 64, [" y"], path)])
     with pytest.raises(ValueError, match="max_new_tokens"):
         evaluator.greedy("x", path, 0)
     for stop in ("end", ["end", ""]):

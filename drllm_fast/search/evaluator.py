@@ -198,7 +198,7 @@ class PathEvaluator:
                 self.store.forget(old)
         self._prompts.move_to_end(key)
         prompt = self._prompts[key]
-        limit = getattr(self.decoder.config, "max_position_embeddings", None)
+        limit = _positions(self.decoder.config)
         if limit is not None and max(prompt.trie.positions) + 1 + room > limit:
             raise ValueError(
                 f"a prompt of {max(prompt.trie.positions) + 1} tokens{f' and {room} of its answer' if room else ''} "
@@ -305,6 +305,16 @@ class PathEvaluator:
             routing.last = last
             if own:
                 disable_dynamic_routing(self.top)
+
+
+def _positions(config: Any) -> int | None:
+    """How many tokens a row may have. LongRoPE turns all rows of a forward otherwise as soon as one of them is longer
+    than the original model's, so that only up to there a row does not depend on its company."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # one, or one for each type of layer
+    limits = [rope.get("original_max_position_embeddings") for rope in kinds if rope.get("rope_type") == "longrope"]
+    limits.append(getattr(config, "max_position_embeddings", None))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _offsets(run: TreeForward) -> list[dict[LayerPath, int]]:

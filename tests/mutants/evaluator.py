@@ -66,12 +66,11 @@ MUTANTS = [
         "",
         f"{EVALUATOR} -k another_arithmetic",
     ),
-    (  # a generator holds inference mode
+    (  # LongRoPE turns short rows with the long ones
         "drllm_fast/search/evaluator.py",
-        "        for pieces in forwards:\n            run = self._start(pieces, None, count)\n",
-        "        for pieces in forwards:\n            torch.inference_mode().__enter__()\n"
-        "            run = self._start(pieces, None, count)\n",
-        f"{EVALUATOR} -k dies",
+        'rope.get("rope_type") == "longrope"',
+        'rope.get("rope_type") == "none"',
+        f"{EVALUATOR} -k refusals",
     ),
     (  # results on whatever the default device is
         "drllm_fast/search/evaluator.py",
