@@ -13,6 +13,7 @@ from drllm_fast.search import PathEvaluator
 from drllm_fast.search.base import EARLY_STOP_SAVING
 from drllm_fast.search.paths import decode, edits, encode
 from drllm_fast.search.rewards import REWARDS
+from drllm_fast.search.searcher import make_searcher
 from drllm_fast.search.unit import Item, SearchConfig
 from drllm_fast.search.worker import SearchWorker
 
@@ -177,12 +178,30 @@ def test_agreement_decides_when_a_search_ends():
     assert {(True, True), (False, True)} <= ended
 
 
+def test_the_control_of_a_free_answer_is_rewarded_for_its_own(monkeypatch):
+    model, firsts = tiny("llama"), []
+
+    def noted(config, layers, first, *rest):
+        firsts.append(first)
+        return make_searcher(config, layers, first, *rest)
+
+    monkeypatch.setattr("drllm_fast.search.worker.make_searcher", noted)
+    item = Item("f", "made_up", "6 and 7 make", None, "13", max_new_tokens=3)
+    result = search(model, [item], replace(CONFIG, reward="loglik"))["f"]
+    texts = [" 13", f" {result.control_target}"]
+    scores = PathEvaluator(model, TOKENIZER).score_choices(item.prompt, texts, list(map(decode, result.paths)))
+    assert [first.reward for first in firsts] == pytest.approx(scores[0].tolist(), abs=1e-3)
+    assert abs(scores[0, 0] - scores[0, 1]) > 0.1
+    assert sum(result.scores, []) == pytest.approx(scores[:, 0].tolist(), abs=1e-3) == result.rewards
+
+
 @pytest.mark.parametrize("reward", ["loglik", "kl"])
 def test_nothing_is_remembered_of_a_searched_item(reward):
     model = tiny("llama")
     evaluator = PathEvaluator(model, TOKENIZER)
     worker = SearchWorker(evaluator, replace(CONFIG, reward=reward), model_hash="m")
-    assert len(list(worker.run(choice_items(3) + free_items(model, 3)))) == 6
+    number = Item("n", "made_up", "6 and 7 make", None, "13", max_new_tokens=3)  # which has a control
+    assert len(list(worker.run([*choice_items(3), *free_items(model, 2), number]))) == 6
     assert not evaluator._prompts and len(evaluator.store) == evaluator.store.bytes == 0
 
 

@@ -264,10 +264,16 @@ MUTANTS = [
         "True",
         f"{WORKER}",
     ),
+    (  # the control is rewarded for the right answer
+        "drllm_fast/search/worker.py",
+        "self.choice = len(search.answers) - 1",
+        "self.choice = 0",
+        f"{WORKER} -k its_own",
+    ),
     (  # the right answer's own states stay
         "drllm_fast/search/worker.py",
-        "for choices in (search.item.choices, search.answer):",
-        "for choices in (search.item.choices,):",
+        "for choices in (search.item.choices, search.answers, search.answers[:1]):",
+        "for choices in (search.item.choices, search.answers):",
         f"{WORKER} -k remembered",
     ),
 ]
