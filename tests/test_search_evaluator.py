@@ -169,7 +169,8 @@ def test_the_store_keeps_to_its_size_and_drops_descendants_first():
             assert store.bytes == sum(prefix.bytes() for prefix in store._kept.values()) <= size
             for (prompt, path), prefix in store._kept.items():
                 assert len(path) == 1 or store._kept[prompt, path[:-1]] is prefix.parent
-                assert prefix.hidden.untyped_storage().nbytes() == prefix.hidden.nbytes  # no view of a forward's tensor
+                for tensor in (prefix.hidden, *(t for pair in prefix.slots for t in pair)):
+                    assert tensor.untyped_storage().nbytes() == tensor.nbytes  # no view of a forward's tensor
     assert len(store)
     for prompt in ("Which way?", *(f"Or {seed}" for seed in range(6))):
         evaluator.forget(prompt)
@@ -339,7 +340,7 @@ def test_models_that_cannot_be_searched(monkeypatch):
     update = RoutedCache.update
     monkeypatch.setattr(RoutedCache, "update", lambda *args, **kwargs: [t * 1 for t in update(*args, **kwargs)])
     with pytest.raises(NotImplementedError, match="changes keys or values between the cache and the attention"):
-        PathEvaluator(model, TOKENIZER).greedy(CONTEXT, path, 2)
+        PathEvaluator(model, TOKENIZER).greedy(CONTEXT, path, 1)  # no step of decoding, which would refuse it too
     model.model.layers[2].self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
     with pytest.raises(NotImplementedError, match="does not go through transformers' AttentionInterface"):
         PathEvaluator(model, TOKENIZER).score_choices(CONTEXT, CHOICES, path)

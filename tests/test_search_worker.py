@@ -166,14 +166,15 @@ def test_agreement_decides_when_a_search_ends():
     """At the path with which enough agree, the dense one among them, if that repairs or saves enough."""
     model, ended = tiny("llama"), set()
     items = choice_items(12)
-    for item in search(model, items, replace(CONFIG, reward="agreement", agree=2, control=False)).values():
+    config = replace(CONFIG, reward="agreement", agree=2, control=False, leaves=1)
+    for item in search(model, items, config).values():
         right, end = 0, None
         for at, (path, correct) in enumerate(zip(item.paths, item.correct, strict=True)):
             right += correct
             enough = not item.correct[0] or LAYERS - sum(decode(path)) >= EARLY_STOP_SAVING
             if at and correct and right >= 2 and enough and end is None:
                 end = at
-        assert len(item.paths) - end <= CONFIG.leaves if end else len(item.paths) == CONFIG.simulations + 1
+        assert len(item.paths) == (CONFIG.simulations if end is None else end) + 1
         ended.add((item.correct[0], end is not None))
     assert {(True, True), (False, True)} <= ended
 
