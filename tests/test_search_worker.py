@@ -10,12 +10,12 @@ from families import LAYERS, tiny
 from oracles import edited, greedy
 
 from drllm_fast.search import PathEvaluator
-from drllm_fast.search.base import EARLY_STOP_SAVING
+from drllm_fast.search.base import EARLY_STOP_SAVING, Outcome
 from drllm_fast.search.paths import decode, edits, encode
-from drllm_fast.search.rewards import REWARDS
+from drllm_fast.search.rewards import REWARDS, Evaluation
 from drllm_fast.search.searcher import make_searcher
 from drllm_fast.search.unit import Item, SearchConfig
-from drllm_fast.search.worker import SearchWorker
+from drllm_fast.search.worker import ItemSearch, SearchWorker
 
 TOKENIZER = Characters()
 CONFIG = SearchConfig(simulations=20, leaves=3, probes=4)
@@ -160,6 +160,19 @@ def test_rewards(reward):
                 right = [a - b for a, b in zip(right, others, strict=True)]
                 assert result.correct == [margin > 0 for margin in right]
             assert result.rewards == pytest.approx(right)
+
+
+def test_a_better_path_as_long_as_the_dense_one_is_no_find():
+    config = replace(CONFIG, reward="margin", probes=0)
+    one = ItemSearch(choice_items(1)[0], SearchWorker(PathEvaluator(tiny("llama"), TOKENIZER), config, model_hash="m"))
+    right, scores = one.item.answer, [0.0] * 4
+    for path, reward, kept in (((1, 1, 1, 1), 1.0, False), ((0, 2, 1, 1), 2.0, False), ((0, 1, 1, 1), 0.5, True)):
+        scores[right] = reward
+        one.known[path] = Evaluation(str(right), tuple(scores))
+        if not one.aims:
+            one.tell()
+        one.aims[0].told[path] = Outcome(reward, True)
+        assert one.result().best == encode(path) and one.result().kept == kept
 
 
 def test_agreement_decides_when_a_search_ends():

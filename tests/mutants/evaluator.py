@@ -256,7 +256,7 @@ MUTANTS = [
         "drllm_fast/search/worker.py",
         "(not dense_right or visits(best) < visits(self.dense))",
         "True",
-        f"{WORKER}",
+        f"{WORKER} -k no_find",
     ),
     (  # the control is rewarded for the right answer
         "drllm_fast/search/worker.py",
