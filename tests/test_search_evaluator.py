@@ -10,8 +10,11 @@ from families import FAMILIES, LAYERS, tiny
 from oracles import edited, greedy
 
 from drllm_fast.active import ACTIVE
+from drllm_fast.cache import RoutedCache
 from drllm_fast.search import PathEvaluator
-from drllm_fast.search.path_tree import Prefix
+from drllm_fast.search.path_tree import PathTree, Prefix
+from drllm_fast.search.token_trie import TokenTrie
+from drllm_fast.search.tree_forward import TreeForward
 
 TOKENIZER = Characters()
 STORES = {"on": 1 << 30, "off": 0, "tiny": 3 * 20 * 32 * 4}
@@ -139,11 +142,19 @@ def test_small_forwards_give_the_same():
     model, paths = tiny("gemma2"), some_paths(6)
     requests = [(CONTEXT, CHOICES, paths), ("Up?", [" A", " B"], paths[:3]), ("", ["No one knows"], paths[2:])]
     expected = PathEvaluator(model, TOKENIZER).score_many(requests)
-    for limits in ({"max_tokens": 1}, {"max_tokens": 100}, {"max_logits": 1}, {"max_logits": 20_000}):
+    whole, forwards = 0, []
+    for limits in ({}, {"max_tokens": 1}, {"max_tokens": 100}, {"max_logits": 1}, {"max_logits": 20_000}):
         for size in STORES.values():
             evaluator = PathEvaluator(model, TOKENIZER, store_bytes=size, **limits)
             for scores, right in zip(evaluator.score_many(requests), expected, strict=True):
                 torch.testing.assert_close(scores, right, atol=1e-4, rtol=0)
+            whole = whole or evaluator.stats.visits
+            forwards.append(evaluator.stats.forwards)
+            assert evaluator.stats.visits == whole or "max_tokens" in limits
+    tokens = [len(p.trie) for p in evaluator._prompts.values()]
+    rows = [len(set(map(tuple, own))) for _, _, own in requests]
+    assert forwards[:3] == forwards[9:12] == forwards[12:] == [1] * 3 and forwards[3:6] == [sum(rows)] * 3
+    assert forwards[6] >= sum(r * t for r, t in zip(rows, tokens, strict=True)) / 100
     assert len(expected[2][0]) == 1
 
 
@@ -158,7 +169,8 @@ def test_the_store_keeps_to_its_size_and_drops_descendants_first():
             assert store.bytes == sum(prefix.bytes() for prefix in store._kept.values()) <= size
             for (prompt, path), prefix in store._kept.items():
                 assert len(path) == 1 or store._kept[prompt, path[:-1]] is prefix.parent
-                assert prefix.hidden.untyped_storage().nbytes() == prefix.hidden.nbytes  # no view of a forward's tensor
+                for tensor in (prefix.hidden, *(t for pair in prefix.slots for t in pair)):
+                    assert tensor.untyped_storage().nbytes() == tensor.nbytes  # no view of a forward's tensor
     assert len(store)
     for prompt in ("Which way?", *(f"Or {seed}" for seed in range(6))):
         evaluator.forget(prompt)
@@ -180,7 +192,7 @@ def test_prompts_share_a_small_store():
                 assert prefix.parent.path == path[:-1] and (len(path) == 1 or kept[prompt, path[:-1]] is prefix.parent)
     evaluator = PathEvaluator(model, TOKENIZER, store_bytes=STORES["tiny"] * 8)
     evaluator.score_many([(text, CHOICES, some_paths(3)) for text in texts])
-    assert len({prompt for (prompt, _), _ in evaluator.store._kept}) == len(texts)
+    assert len({prompt for prompt, _ in evaluator.store._kept}) == len(texts)
 
 
 def test_nothing_but_the_store_outlives_a_call():
@@ -295,13 +307,15 @@ def test_divergence():
 
 
 def test_the_model_is_left_as_it_was():
-    model, paths = tiny("llama"), some_paths(3)
-    model.train()
+    model, paths = tiny("llama", attention_dropout=0.5), some_paths(3)
     kinds = [type(module) for module in model.modules()]
     ids = torch.tensor([TOKENIZER.encode(CONTEXT)])
     before = model(input_ids=ids).logits
     expected = PathEvaluator(model, TOKENIZER).score_choices(CONTEXT, CHOICES, paths)
+    model.train()
+    torch.testing.assert_close(PathEvaluator(model, TOKENIZER).score_choices(CONTEXT, CHOICES, paths), expected)
     assert [type(module) for module in model.modules()] == kinds and model.training
+    model.eval()
     assert torch.equal(model(input_ids=ids).logits, before)
 
     model.enable_dynamic_routing([1, 0, 1, 2])  # which is not what the evaluator asks
@@ -319,6 +333,31 @@ def test_the_model_is_left_as_it_was():
         evaluator.score_choices(CONTEXT, CHOICES, [[1, 1, 1]])
     model(input_ids=ids)
     assert torch.equal(model.routing.plan, plan)
+
+
+def test_models_that_cannot_be_searched(monkeypatch):
+    model, path = tiny("llama"), [1] * LAYERS
+    update = RoutedCache.update
+    monkeypatch.setattr(RoutedCache, "update", lambda *args, **kwargs: [t * 1 for t in update(*args, **kwargs)])
+    with pytest.raises(NotImplementedError, match="changes keys or values between the cache and the attention"):
+        PathEvaluator(model, TOKENIZER).greedy(CONTEXT, path, 1)  # no step of decoding, which would refuse it too
+    model.model.layers[2].self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    with pytest.raises(NotImplementedError, match="does not go through transformers' AttentionInterface"):
+        PathEvaluator(model, TOKENIZER).score_choices(CONTEXT, CHOICES, path)
+
+
+def test_arguments_of_a_layer_are_cut_anew():
+    """Even where the next layer's lies at the address of the last one's."""
+    tries = [TokenTrie([[5, 6]]), TokenTrie([[7]])]
+    roots = [Prefix((), None, 0), Prefix((), None, 1)]
+    forward = TreeForward(None, tries, PathTree([[(1,)], [(1,)]], [roots[:1], roots[1:]], 1), None, torch.device("cpu"))
+    for layer in range(50):
+        for prompts, wanted in (((1,), [2]), ((0, 1, 0), [0, 1, 2, 0, 1]), ((1, 0), [2, 0, 1])):
+            given = {"a": (torch.arange(3.0)[None] + layer, torch.zeros(3)), "b": [torch.full((1, 3, 2), layer)]}
+            got = forward._part(given, prompts)
+            assert got["a"][0].tolist() == [[layer + w for w in wanted]] and got["a"][1].shape == (3,)
+            assert torch.equal(got["b"][0], torch.full((1, len(wanted), 2), layer))
+            assert forward._part(None, prompts) is None and forward._part(given["a"][1], prompts) is given["a"][1]
 
 
 def test_answers_end_where_they_should():
@@ -355,6 +394,12 @@ def test_refusals():
     evaluator.greedy("x" * 250, path, 6)
     with pytest.raises(ValueError, match="250 tokens and 7 of its answer exceeds"):
         evaluator.greedy("x" * 250, path, 7)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope |= {"original_max_position_embeddings": 64, "factor": 4.0}
+    longer = PathEvaluator(tiny("phi3", rope_parameters=rope, original_max_position_embeddings=64), TOKENIZER)
+    longer.score_choices("x" * 63, [" y"], path)
+    with pytest.raises(ValueError, match="exceeds the model's 64 positions"):
+        longer.score_many([("x", [" y"], path), ("x" * 64, [" y"], path)])
     with pytest.raises(ValueError, match="max_new_tokens"):
         evaluator.greedy("x", path, 0)
     for stop in ("end", ["end", ""]):

@@ -10,10 +10,12 @@ from families import LAYERS, tiny
 from oracles import edited, greedy
 
 from drllm_fast.search import PathEvaluator
+from drllm_fast.search.base import EARLY_STOP_SAVING, Outcome
 from drllm_fast.search.paths import decode, edits, encode
-from drllm_fast.search.rewards import REWARDS
+from drllm_fast.search.rewards import REWARDS, Evaluation
+from drllm_fast.search.searcher import make_searcher
 from drllm_fast.search.unit import Item, SearchConfig
-from drllm_fast.search.worker import SearchWorker
+from drllm_fast.search.worker import ItemSearch, SearchWorker
 
 TOKENIZER = Characters()
 CONFIG = SearchConfig(simulations=20, leaves=3, probes=4)
@@ -160,12 +162,60 @@ def test_rewards(reward):
             assert result.rewards == pytest.approx(right)
 
 
+def test_a_better_path_as_long_as_the_dense_one_is_no_find():
+    config = replace(CONFIG, reward="margin", probes=0)
+    one = ItemSearch(choice_items(1)[0], SearchWorker(PathEvaluator(tiny("llama"), TOKENIZER), config, model_hash="m"))
+    right, scores = one.item.answer, [0.0] * 4
+    for path, reward, kept in (((1, 1, 1, 1), 1.0, False), ((0, 2, 1, 1), 2.0, False), ((0, 1, 1, 1), 0.5, True)):
+        scores[right] = reward
+        one.known[path] = Evaluation(str(right), tuple(scores))
+        if not one.aims:
+            one.tell()
+        one.aims[0].told[path] = Outcome(reward, True)
+        assert one.result().best == encode(path) and one.result().kept == kept
+
+
+def test_agreement_decides_when_a_search_ends():
+    """At the path with which enough agree, the dense one among them, if that repairs or saves enough."""
+    model, ended = tiny("llama"), set()
+    items = choice_items(12)
+    config = replace(CONFIG, reward="agreement", agree=2, control=False, leaves=1)
+    for item in search(model, items, config).values():
+        right, end = 0, None
+        for at, (path, correct) in enumerate(zip(item.paths, item.correct, strict=True)):
+            right += correct
+            enough = not item.correct[0] or LAYERS - sum(decode(path)) >= EARLY_STOP_SAVING
+            if at and correct and right >= 2 and enough and end is None:
+                end = at
+        assert len(item.paths) == (CONFIG.simulations if end is None else end) + 1
+        ended.add((item.correct[0], end is not None))
+    assert {(True, True), (False, True)} <= ended
+
+
+def test_the_control_of_a_free_answer_is_rewarded_for_its_own(monkeypatch):
+    model, firsts = tiny("llama"), []
+
+    def noted(config, layers, first, *rest):
+        firsts.append(first)
+        return make_searcher(config, layers, first, *rest)
+
+    monkeypatch.setattr("drllm_fast.search.worker.make_searcher", noted)
+    item = Item("f", "made_up", "6 and 7 make", None, "13", max_new_tokens=3)
+    result = search(model, [item], replace(CONFIG, reward="loglik"))["f"]
+    texts = [" 13", f" {result.control_target}"]
+    scores = PathEvaluator(model, TOKENIZER).score_choices(item.prompt, texts, list(map(decode, result.paths)))
+    assert [first.reward for first in firsts] == pytest.approx(scores[0].tolist(), abs=1e-3)
+    assert abs(scores[0, 0] - scores[0, 1]) > 0.1
+    assert sum(result.scores, []) == pytest.approx(scores[:, 0].tolist(), abs=1e-3) == result.rewards
+
+
 @pytest.mark.parametrize("reward", ["loglik", "kl"])
 def test_nothing_is_remembered_of_a_searched_item(reward):
     model = tiny("llama")
     evaluator = PathEvaluator(model, TOKENIZER)
     worker = SearchWorker(evaluator, replace(CONFIG, reward=reward), model_hash="m")
-    assert len(list(worker.run(choice_items(3) + free_items(model, 3)))) == 6
+    number = Item("n", "made_up", "6 and 7 make", None, "13", max_new_tokens=3)  # which has a control
+    assert len(list(worker.run([*choice_items(3), *free_items(model, 2), number]))) == 6
     assert not evaluator._prompts and len(evaluator.store) == evaluator.store.bytes == 0
 
 

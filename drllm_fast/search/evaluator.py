@@ -170,7 +170,7 @@ class PathEvaluator:
         """Drop the states kept for a prompt that will not come back."""
         prompt = self._prompts.pop((context, None if choices is None else tuple(choices)), None)
         if prompt is not None:
-            self._forget(prompt)
+            self.store.forget(prompt)
 
     # -- inside
     def _choices(self, context: str, choices: Sequence[str]) -> EncodedPrompt:
@@ -187,6 +187,7 @@ class PathEvaluator:
         return self._remembered((context, tuple(choices)), make, 0)
 
     def _free(self, prompt: str, room: int) -> EncodedPrompt:
+        # Never one that choices are scored of, so that its states in the store all have their keys and values.
         return self._remembered((prompt, None), lambda: [(encode_prompt(self.tokenizer, prompt), [])], room)
 
     def _remembered(self, key: tuple, make: Any, room: int) -> EncodedPrompt:
@@ -194,10 +195,10 @@ class PathEvaluator:
             self._prompts[key] = EncodedPrompt(make())
             while len(self._prompts) > PROMPTS:
                 _, old = self._prompts.popitem(last=False)
-                self._forget(old)
+                self.store.forget(old)
         self._prompts.move_to_end(key)
         prompt = self._prompts[key]
-        limit = getattr(self.decoder.config, "max_position_embeddings", None)
+        limit = _positions(self.decoder.config)
         if limit is not None and max(prompt.trie.positions) + 1 + room > limit:
             raise ValueError(
                 f"a prompt of {max(prompt.trie.positions) + 1} tokens{f' and {room} of its answer' if room else ''} "
@@ -210,15 +211,11 @@ class PathEvaluator:
         check_length(plan, self.num_layers)
         return list(map(tuple, (plan.unsqueeze(0) if plan.ndim == 1 else plan).tolist()))
 
-    def _forget(self, prompt: EncodedPrompt) -> None:
-        for with_keys in (False, True):
-            self.store.forget((prompt, with_keys))
-
     def _start(self, pieces: Sequence[Piece], cache: object, count: bool) -> TreeForward:
         starts, alone = [], 0
         for q, piece in enumerate(pieces):
             root = Prefix((), None, q)
-            own = [self.store.deepest((piece.prompt, cache is not None), path) or root for path in piece.paths]
+            own = [self.store.deepest(piece.prompt, path) or root for path in piece.paths]
             for prefix in own:
                 prefix.prompt = q
             starts.append(own)
@@ -267,7 +264,7 @@ class PathEvaluator:
                     # One path at a time: what is made of its logits then stays in a CPU's cache.
                     for row, some in enumerate(logits.split(len(at)), first):
                         yield piece, row, some.log_softmax(-1, dtype=torch.float32)
-            self._keep(run, pieces, with_keys=False, count=count)
+            self._keep(run, pieces, count)
 
     def _prefill(self, pieces: list[Piece]) -> tuple[RoutedCache, Tensor]:
         """A cache that holds each path of each piece as a row, and the logits [rows, V] after the prompt."""
@@ -279,14 +276,14 @@ class PathEvaluator:
         leaves = [run.tree.leaves[q][path] for q, p in enumerate(pieces) for path in p.paths]
         lengths = [len(p.prompt.trie) for p in pieces for _ in p.paths]
         fill_cache(cache, self.decoder, leaves, lengths)
-        self._keep(run, pieces, with_keys=True, count=True)
+        self._keep(run, pieces, True)
         return cache, logits
 
-    def _keep(self, run: TreeForward, pieces: list[Piece], with_keys: bool, count: bool) -> None:
+    def _keep(self, run: TreeForward, pieces: list[Piece], count: bool) -> None:
         if count:
             self.stats.visits += run.visits
         fresh = [child for step in run.tree.steps for _, _, child in step.children]
-        self.store.keep([(piece.prompt, with_keys) for piece in pieces], fresh, run.tree.last)
+        self.store.keep([piece.prompt for piece in pieces], fresh, run.tree.last)
 
     @contextmanager
     def _routed(self) -> Iterator[None]:
@@ -308,6 +305,16 @@ class PathEvaluator:
             routing.last = last
             if own:
                 disable_dynamic_routing(self.top)
+
+
+def _positions(config: Any) -> int | None:
+    """How many tokens a row may have. LongRoPE turns all rows of a forward otherwise as soon as one of them is longer
+    than the original model's, so that only up to there a row does not depend on its company."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # one, or one for each type of layer
+    limits = [rope.get("original_max_position_embeddings") for rope in kinds if rope.get("rope_type") == "longrope"]
+    limits.append(getattr(config, "max_position_embeddings", None))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _offsets(run: TreeForward) -> list[dict[LayerPath, int]]:

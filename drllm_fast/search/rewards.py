@@ -27,7 +27,8 @@ class Evaluation:
     """What one path made of an item.
 
     prediction  index of the choice taken as text, or the answer written
-    scores      log-likelihoods of the choices, or of the right answer alone; None if no reward asks for them
+    scores      log-likelihoods of the choices, or of the right answer and that of the control; None if no reward asks
+                for them
     divergence  KL(dense || path), in nats; None if no reward asks for it
     """
 
@@ -60,15 +61,15 @@ def right_prediction(item: Item, target: str | None, grade: Callable[[str, Item]
     return lambda prediction: grade(prediction, aimed)
 
 
-def reward(config: SearchConfig, evaluation: Evaluation, right: bool, target: int | None) -> float:
-    """The path's reward; `target`: index of the choice that is searched for."""
+def reward(config: SearchConfig, evaluation: Evaluation, right: bool, target: int) -> float:
+    """The path's reward; `target`: index into the scores, of what is searched for."""
     if config.reward in ("exact", "agreement"):
         return float(right)
     if config.reward == "kl":
         return -evaluation.divergence
     scores = evaluation.scores
     if config.reward == "loglik":
-        return scores[0 if target is None else target]
+        return scores[target]
     return scores[target] - max(score for choice, score in enumerate(scores) if choice != target)
 
 

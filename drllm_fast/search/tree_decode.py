@@ -19,7 +19,8 @@ from drllm_fast.tally import Tally
 
 def fill_cache(cache: RoutedCache, decoder: nn.Module, leaves: Sequence[Prefix], lengths: Sequence[int]) -> None:
     """Put the prompts of `leaves`, whole paths with the keys and values of all their visits, into an empty cache; row b
-    has lengths[b] tokens and is counted as padded on the left to the longest."""
+    has lengths[b] tokens. Which columns of shorter rows are padding is not noted, since only `decode` sees this cache
+    and a row's new token is real."""
     plan = torch.tensor([leaf.path for leaf in leaves], dtype=torch.int8, device="cpu")
     chains = [_chain(leaf) for leaf in leaves]
     cache.fix(plan, GivenPlan(plan))
@@ -29,13 +30,10 @@ def fill_cache(cache: RoutedCache, decoder: nn.Module, leaves: Sequence[Prefix],
                 pairs = [chains[row][layer].slots[number] for row in rows]
                 keys, values = (torch.cat(parts, dim=2) for parts in zip(*pairs, strict=True))
                 place.slots[number].hold(keys, values, [lengths[row] for row in rows])
-    columns = max(lengths)
-    starts = columns - torch.tensor(lengths, device="cpu").unsqueeze(1)
-    real = torch.arange(columns, device="cpu") >= starts
     cache.model = weakref.ref(decoder)
     nothing = [0] * len(cache.layers)  # no row ran by itself
     cache.tally = Tally(plan, list(lengths), list(lengths), nothing, nothing, cache.bytes_per_token(), forwards=1)
-    cache.advance(list(lengths), columns, None if bool(real.all()) else real)
+    cache.advance(list(lengths), max(lengths), None)
 
 
 def _chain(leaf: Prefix) -> list[Prefix]:
@@ -71,14 +69,7 @@ def decode(
             running = [running[at] for at in going]
             tokens = tokens[torch.tensor(going, device=tokens.device)]
             cache.batch_select_indices(going)
-        mask = None
-        if cache.real is not None:
-            mask = torch.cat([cache.real, torch.ones(len(running), 1, dtype=torch.bool, device="cpu")], dim=1).to(
-                tokens.device
-            )
-        logits = model(
-            input_ids=tokens.unsqueeze(1), attention_mask=mask, use_cache=True, return_dict=True, **{given: cache}
-        ).logits[:, -1]
+        logits = model(input_ids=tokens.unsqueeze(1), use_cache=True, return_dict=True, **{given: cache}).logits[:, -1]
     return answers
 
 

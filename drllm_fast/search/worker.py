@@ -10,6 +10,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from drllm_fast.search.base import BlockWeights, Outcome
 from drllm_fast.search.evaluator import PathEvaluator
@@ -61,7 +62,7 @@ class SearchWorker:
                 search.tell()
             for search in [search for search in active if search.done]:
                 active.remove(search)
-                for choices in (search.item.choices, search.answer):
+                for choices in (search.item.choices, search.answers, search.answers[:1]):
                     self.evaluator.forget(search.item.prompt, choices)
                 yield search.result()
 
@@ -92,15 +93,21 @@ class SearchWorker:
                     search.known[path] = Evaluation(cut_at_stop(text, stop), row, kl)
 
     def _likelihoods(self, search: ItemSearch, paths: list[LayerPath]) -> list[tuple[float, ...] | None]:
-        """Of a free answer, that of the right answer's tokens."""
+        """Of a free answer, that of the right answer's tokens, and of the control's."""
         if self.config.reward not in NEEDS_SCORES:
             return [None] * len(paths)
-        return [tuple(row) for row in self.evaluator.score_choices(search.item.prompt, search.answer, paths).tolist()]
+        return [tuple(row) for row in self.evaluator.score_choices(search.item.prompt, search.answers, paths).tolist()]
+
+    def rescore(self, search: ItemSearch) -> None:
+        """Of a free answer, what is known already, now that the control has an answer as well."""
+        paths = list(search.known)
+        for path, row in zip(paths, self._likelihoods(search, paths), strict=True):
+            search.known[path] = replace(search.known[path], scores=row)
 
     def _divergence(self, search: ItemSearch, paths: list[LayerPath]) -> list[float | None]:
         if self.config.reward != "kl":
             return [None] * len(paths)
-        choices = search.item.choices or search.answer
+        choices = search.item.choices or search.answers[:1]
         return self.evaluator.divergence(search.item.prompt, choices, paths).tolist()
 
 
@@ -114,9 +121,13 @@ class _Aim:
         if self.config.reward == "kl" and target is None:
             dense = search.known[search.dense].prediction
             self.right = right_prediction(item, dense, lambda text, aimed: text.strip() == str(aimed.answer).strip())
-        self.choice = None if item.choices is None else int(item.answer if target is None else target)
+        if item.choices is None:
+            self.choice = len(search.answers) - 1
+        else:
+            self.choice = int(item.answer if target is None else target)
         self.agreement = Agreement(self.config.agree if self.config.reward == "agreement" else 1)
         first = self.outcome(search.dense)
+        self.agreement(first)
         self.searcher: Searcher = make_searcher(self.config, len(search.dense), first, seed, worker.prior)
         self.told = {search.dense: first}
         self.waiting: list[LayerPath] = []
@@ -157,7 +168,7 @@ class ItemSearch:
         single = edits(self.dense)
         self.probes = self.rng.sample(single, min(worker.config.probes, len(single)))
         self.aims: list[_Aim] = []
-        self.answer = [f" {item.answer}"]  # the right one as a continuation, where there are no choices
+        self.answers = [f" {item.answer}"]  # the right one as a continuation, and the control's; without choices
         self.visits = 0.0
         self.visits_alone = 0
         self._begun = time.perf_counter()
@@ -180,12 +191,15 @@ class ItemSearch:
         self.aims = [_Aim(self, None, seed)]
         if config.control and not self.aims[0].told[self.dense].correct:
             if (target := wrong_answer(self.item, self.known[self.dense].prediction, self.rng.choice)) is not None:
+                if self.item.choices is None:
+                    self.answers.append(f" {target}")
+                    self.worker.rescore(self)
                 self.aims.append(_Aim(self, target, seed))
 
     def result(self) -> UnitResult:
         aim, control = self.aims[0], self.aims[1] if len(self.aims) > 1 else None
         dense_right = aim.told[self.dense].correct
-        best = self._best(aim)
+        best, scored = self._best(aim), len(self.item.choices or self.answers[:1])
         return UnitResult(
             key=self.key,
             prompt=self.item.prompt,
@@ -196,7 +210,7 @@ class ItemSearch:
             rewards=[outcome.reward for outcome in aim.told.values()],
             correct=[outcome.correct for outcome in aim.told.values()],
             predictions=[self.known[path].prediction for path in aim.told],
-            scores=None if self._unscored(aim) else [list(self.known[path].scores) for path in aim.told],
+            scores=None if self._unscored(aim) else [list(self.known[path].scores)[:scored] for path in aim.told],
             best=encode(best),
             kept=best != self.dense and (not dense_right or visits(best) < visits(self.dense)),
             control_target=None if control is None else control.target,
