@@ -97,7 +97,7 @@ class UnitResult:
     probes: list[str]  # single edits, drawn without looking at any outcome
     probes_correct: list[bool]
     forwards: int  # paths run, those of the control and the probes included
-    visits: int  # path prefixes run: visits of blocks, for all of these paths together
+    visits: int  # of blocks, run for all of these paths together; its share, where prompts shared forwards
     visits_alone: int  # visits of the same paths one by one
     grader: str
     seconds: float
