@@ -31,6 +31,14 @@ def store(request, tmp_path):
         yield store
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Also where the tests are a background job, which ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Count:
     def __init__(self):
         self.items = []
