@@ -42,7 +42,6 @@ class TreeForward:
     owner    the Routing whose layers this forward is for
     cache    a cache that hands keys and values to `store`, where they are to be kept; None else
     visits   block visits run, in rows
-    tokens   the same in tokens
     """
 
     takes_base = True  # the base model's forward is run as it is, on packed tokens (`swap.routed_base`)
@@ -52,7 +51,8 @@ class TreeForward:
     ):
         self.owner, self.prompts, self.tree, self.cache, self.device = owner, prompts, tree, cache, device
         self.visit: TreeVisit | None = None
-        self.visits = self.tokens = 0
+        self.visits = 0
+        self._latest = -1  # the block that ran last
         self._outputs: Any = None
         self._begins = [0, *accumulate(map(len, prompts))]
         self._subsets: dict[tuple[int, ...], Tensor] = {}
@@ -78,6 +78,12 @@ class TreeForward:
     def run_layer(self, module: nn.Module, forward: Callable[..., Tensor], hidden: Tensor, *args, **kwargs) -> Tensor:
         """hidden [1, T, d] of the rows that enter this block -> [1, T', d] of those that leave it."""
         layer = module._drllm_layer
+        if layer != self._latest + 1:
+            raise NotImplementedError(
+                "this model runs its layers more than once a forward, or not in order, so that a layer path does not "
+                "say what runs; search another model"
+            )
+        self._latest = layer
         step = self.tree.steps[layer]
         lengths = [len(self.prompts[row.prompt]) for row in step.rows]
         if layer == 0:
@@ -100,7 +106,6 @@ class TreeForward:
             sizes.append([sizes[-1][i] for i in chosen])
             pairs.append((self.visit.keys, self.visit.values))
             self.visits += len(chosen)
-            self.tokens += out.shape[1]
         return self._leave(step, states, sizes, pairs)
 
     def _leave(self, step, states: list[Tensor], sizes: list[list[int]], pairs: list[tuple]) -> Tensor:
@@ -139,7 +144,8 @@ class TreeForward:
         visit.attended = True
         if self.cache is not None and (keys is not visit.keys or values is not visit.values):
             raise NotImplementedError(
-                f"{type(module).__name__} changes keys or values between the cache and the attention"
+                f"{type(module).__name__} changes keys or values between the cache and the attention: answers cannot "
+                "be decoded, choices can be scored"
             )
         index, new, starts, held = self._segments_of(visit.prompts)
         if index is not None:
@@ -195,7 +201,9 @@ class TreeForward:
 
     def _check(self, out: object) -> None:
         if not isinstance(out, Tensor):
-            raise NotImplementedError(f"this model cannot be searched: its layers return {type(out).__name__}")
+            raise NotImplementedError(
+                f"this model cannot be searched: its layers return {type(out).__name__} instead of a tensor"
+            )
         if not self.visit.attended:
             raise NotImplementedError(
                 "this model cannot be searched: its attention does not go through transformers' AttentionInterface"
