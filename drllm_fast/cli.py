@@ -1,4 +1,7 @@
-"""The command `drllm-fast`: demo, generate, search, info. A user's errors are one line on stderr and exit status 2."""
+"""The command `drllm-fast`: demo, generate, search, train, info.
+
+A user's errors are one line on stderr and exit status 2.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import typer
 from drllm_fast.cli_models import SMOLLM2, Dtype, check_model, find_device, load_model
 from drllm_fast.cli_policies import POLICY_HELP, Criterion, apply_policy, parse_policy
 from drllm_fast.cli_search import search
+from drllm_fast.cli_train import train
 
 if TYPE_CHECKING:
     import torch
@@ -192,6 +196,7 @@ def generate(
 
 
 app.command()(clean_errors(search))
+app.command()(clean_errors(train))
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -86,7 +86,7 @@ def load_examples(
     limit        the first so many examples of each store
 
     Raises FileNotFoundError for a folder without a search, OSError for a damaged one, ValueError for a search of
-    another model, for paths that are none of the model's, for a prompt that is in two stores, and if no example is left.
+    another model, for paths that are none of the model's, for a prompt in two stores, and if no example is left.
     """
     from drllm_fast.search.store import read_store
     from drllm_fast.search.tasks import parse_levels

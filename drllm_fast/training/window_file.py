@@ -91,7 +91,9 @@ class WindowFile:
             found = json.loads(self.marks.read_text(encoding="utf-8"))
             done = [int(number) for number in found.pop("done")]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OSError(f"{self.marks} is damaged: {error!r}; remove it and {self.file.name}, or name another file")
+            raise OSError(
+                f"{self.marks} is damaged: {error!r}; remove it and {self.file.name}, or name another file"
+            ) from error
         unlike = [
             f"{name} is {found.get(name)}, not {self.about.get(name)}"
             for name in self.about | found
