@@ -18,6 +18,7 @@ from drllm_fast.training.fit_config import FitConfig
 from drllm_fast.training.windows import pool_examples
 
 pytest.importorskip("pyarrow")
+COUNT = 40  # prompts of a search
 QUICK = ("--epochs", 3, "--batch-size", 4, "--router-size", 8, "--windows", 3, "--tracker", "none", "--threads", 1)
 
 
@@ -28,8 +29,8 @@ def found(tmp_path_factory):
     models = [tiny_folder(folder / name, seed=seed) for seed, name in enumerate(("tiny", "other"))]
     stores = []
     for name in ("first", "second"):
-        task = quiz(folder / f"{name}.jsonl", 14, seed=len(stores))
-        options = ("--simulations", 20, "--threads", 1, "--no-control", "--probes", 1)
+        task = quiz(folder / f"{name}.jsonl", COUNT, seed=len(stores))
+        options = ("--simulations", 30, "--threads", 1, "--no-control", "--probes", 1)
         ended(call("search", "--model", models[0], "--task", task, "--output", folder / name, *options))
         stores.append(folder / name)
     return *models, *stores
@@ -100,7 +101,7 @@ def test_the_same_command_goes_on(found, tmp_path, monkeypatch):
     monkeypatch.setattr(fit_module, "_epoch", dies)
     assert isinstance(train(tiny, [first, second], parts).exception, Killed)
     assert not (parts / "config.json").exists()
-    monkeypatch.setattr("drllm_fast.training.windows._Recorder.route", None)  # the model is not run again
+    monkeypatch.setattr("drllm_fast.executor.RoutedForward.run_layer", None)  # the model is not run again
     ended(train(tiny, [first, second], parts))
     assert calls[0] == 4 and same(weights(parts), weights(whole))
     again = ended(train(tiny, [first, second], parts))
@@ -112,13 +113,13 @@ def test_the_same_command_goes_on(found, tmp_path, monkeypatch):
 def test_options_reach_the_fit(found, tmp_path):
     tiny, _, first, _ = found
     more = (
-        "--lr", 0.02, "--weight-decay", 0.5, "--warmup", 2, "--gamma", 1, "--balance", "none", "--beta", 0.9,
+        "--lr", 1e-5, "--weight-decay", 0.5, "--warmup", 2, "--gamma", 1, "--balance", "none", "--beta", 0.9,
         "--logit-adjustment", 0.5, "--robust", "cvar", "--cvar", 0.5, "--validation", 0.25, "--seed", 4,
     )  # fmt: skip
     ended(train(tiny, [first], tmp_path / "a", *more))
     config = json.loads((tmp_path / "a" / "report.json").read_text())["fit"]["config"]
     assert config == {
-        "epochs": 3, "batch_size": 4, "learning_rate": 0.02, "weight_decay": 0.5, "warmup_steps": 2,
+        "epochs": 3, "batch_size": 4, "learning_rate": 1e-5, "weight_decay": 0.5, "warmup_steps": 2,
         "schedule": "cosine", "gamma": 1.0, "balance": "none", "beta": 0.9, "logit_adjustment": 0.5, "robust": "cvar",
         "cvar": 0.5, "validation": 0.25, "seed": 4,
     }  # fmt: skip
@@ -128,7 +129,7 @@ def test_options_reach_the_fit(found, tmp_path):
         load_model(str(tiny), Dtype.auto, "cpu")[0], router_size=8, windows=3,
         generator=torch.Generator().manual_seed(4),
     )  # fmt: skip
-    assert (routers.w1 - fresh.w1).abs().max() < 0.3 * fresh.w1.abs().max()  # it began there
+    assert (routers.w1 - fresh.w1).abs().max() < 1e-3  # it began there
 
 
 def test_examples_are_chosen(found, tmp_path):
@@ -139,7 +140,7 @@ def test_examples_are_chosen(found, tmp_path):
         return json.loads((tmp_path / name / "report.json").read_text())
 
     best = report("best")
-    assert report("all", "--all")["examples"] == 14 > best["examples"]
+    assert report("all", "--all")["examples"] == COUNT > best["examples"]
     assert set(report("levels", "--levels", "2", "--balance", "none")["groups"]) == {"first/2"}
     assert report("limit", "--limit", 3, "--balance", "none")["examples"] == 3
     soft = report("soft", "--targets", "soft", "--windows-file", tmp_path / "best" / "training" / "windows.bin")
@@ -229,16 +230,29 @@ def test_no_example_is_left(found, tmp_path):
 
 
 # -- interrupts
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_training_goes_on(found, tmp_path, number):
+def test_ctrl_c_says_how_to_go_on(found, tmp_path, monkeypatch):
     tiny, _, first, _ = found
-    output, epochs = tmp_path / "out", 400
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    for name in ("drllm_fast.executor.RoutedForward.run_layer", "drllm_fast.training.fit._epoch"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, interrupted)
+            result = train(tiny, [first], tmp_path / "out")
+        assert result.exit_code == 130 and f"kept in {tmp_path / 'out' / 'training'}, run the same" in result.stderr
+    ended(train(tiny, [first], tmp_path / "out"))
+
+
+def test_a_terminated_training_goes_on(found, tmp_path):
+    tiny, _, first, _ = found
+    output, epochs = tmp_path / "out", 30
     command = ("train", "--model", tiny, "--paths", first, "--output", output, *QUICK, "--epochs", epochs)
     process = start("-m", "drllm_fast.cli", *map(str, command))
     state, until = output / "training" / "fit.safetensors", time.monotonic() + 60
     while not state.exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "run the same command to go on" in err and "Traceback" not in err, err
     assert out == "" and state.exists() and not (output / "config.json").exists()

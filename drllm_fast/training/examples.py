@@ -105,19 +105,19 @@ def load_examples(
     layers = num_layers if model is None else len(decoder_of(model).layers)
 
     examples: list[Example] = []
-    homes: dict[str, Path] = {}  # in which store a prompt was met
+    homes: dict[str, int] = {}  # in which store a prompt was met
     searched = kept = 0
-    for folder in map(Path, stores):
+    for number, folder in enumerate(map(Path, stores)):
         found: list[Example] = []
         with read_store(folder) as store:
             _check_model(store, model)
             for result in store.results():
                 searched, kept = searched + 1, kept + result.kept
-                home = homes.setdefault(result.key.prompt, folder)
-                if home != folder:
+                home = homes.setdefault(result.key.prompt, number)
+                if home != number:
                     raise ValueError(
-                        f"the prompt of {result.key.task}/{result.key.item} was searched in {home} and in {folder}; "
-                        "train on one of the two searches"
+                        f"the prompt of {result.key.task}/{result.key.item} was searched in {stores[home]} and in "
+                        f"{folder}; train on one of the two searches"
                     )
                 if (result.kept or not only_kept) and (wanted is None or result.level in wanted):
                     if limit is None or len(found) < limit:
