@@ -126,6 +126,4 @@ def reliability(probability: Tensor, share: Tensor, bins: int = BINS) -> tuple[f
     )
     total = sum(count)
     ece = sum(abs(p - o) for p, o in zip(predicted, observed, strict=True)) / total
-    return ece, tuple(
-        Bin(int(n), p / n, o / n) for n, p, o in zip(count, predicted, observed, strict=True) if n
-    )
+    return ece, tuple(Bin(int(n), p / n, o / n) for n, p, o in zip(count, predicted, observed, strict=True) if n)
