@@ -9,10 +9,9 @@ The weights of a fit are its own until it is done, so that what interrupts it le
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ from tqdm import tqdm
 from drllm_fast.router_reference import router_windows
 from drllm_fast.routers import LayerRouters
 from drllm_fast.training import fit_checkpoint
+from drllm_fast.training.fit_config import FitConfig
 from drllm_fast.training.fit_inputs import check_inputs, data_hash, split, weights_hash
 from drllm_fast.training.fit_report import Epoch, FitReport
-from drllm_fast.training.groups import OVERSAMPLED, cvar, draw, worst
+from drllm_fast.training.groups import Part, cvar, draw, oversampled
 from drllm_fast.training.loss import adjust, class_counts, effective_number_weights, focal_loss
 from drllm_fast.training.metrics import measure
 from drllm_fast.training.trackers import Tracker
@@ -35,75 +35,6 @@ from drllm_fast.training.windows import WindowSet
 Objective = Callable[[Tensor, Tensor], Tensor]
 
 VALIDATION_BATCH = 64
-CHOICES = {"schedule": ("cosine", "constant"), "balance": ("effective", "none"), "robust": ("none", "cvar")}
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """What decides a fit, beside its data and the routers' first weights. The defaults are as published, but for beta.
-
-    epochs, batch_size  prompts a step
-    learning_rate, weight_decay   of AdamW
-    warmup_steps        the rate rises linearly; at most a quarter of all steps, so that short fits learn, too
-    schedule            after that: "cosine", down to 0, or "constant"
-    gamma               of the focal loss; 0: cross-entropy
-    balance, beta       "effective": class weights, see `loss.effective_number_weights`; "none": all 1. beta None is
-                        1 - 1 / labels; 0.999, as published, hardly weighs
-    logit_adjustment    tau of `loss.adjust`, over all layers together; 0: none
-    robust, cvar        "cvar" draws prompts of the worst groups more often, see `drllm_fast.training.groups`; the share
-                        of groups that are the worst, for the reported figure as well
-    validation          share of the prompts that is held out
-    seed                of the split and of the order of prompts, from 0
-
-    Raises ValueError for what is out of range.
-    """
-
-    epochs: int = 25
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    warmup_steps: int = 500
-    schedule: str = "cosine"
-    gamma: float = 2.0
-    beta: float | None = None
-    balance: str = "effective"
-    logit_adjustment: float = 0.0
-    robust: str = "none"
-    cvar: float = 0.3
-    validation: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in {"epochs": 1, "batch_size": 1, "warmup_steps": 0, "seed": 0}.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
-        for name, fine, allowed in (
-            ("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "a number from 0 on"),
-            ("gamma", 0 <= self.gamma < math.inf, "a number from 0 on"),
-            ("beta", self.beta is None or 0 <= self.beta < 1, "None, or from 0 to below 1"),
-            ("logit_adjustment", 0 <= self.logit_adjustment < math.inf, "a number from 0 on"),
-            ("cvar", 0 < self.cvar <= 1, "above 0 and at most 1"),
-            ("validation", 0 <= self.validation < 1, "from 0 to below 1"),
-        ):
-            if not fine:
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of a step, from 0, of `steps`."""
-        warmup = self.warmup(steps)
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        if self.schedule == "constant":
-            return self.learning_rate
-        return self.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-
-    def warmup(self, steps: int) -> int:
-        return min(self.warmup_steps, steps // 4)
 
 
 def fit(
@@ -169,17 +100,18 @@ def fit(
         if stored is not None:
             report.epochs, tensors = stored
             state.load(tensors)
-    batches = _Batches(
-        windows, targets, groups, training, held, objective or _default_objective(config, counts, weights)
-    )
-    with tqdm(total=steps, initial=len(report.epochs) * steps // config.epochs, disable=not progress, unit="step") as bar:
+    classes = objective is None
+    losses = _Losses(windows, targets, objective or _default_objective(config, counts, weights), classes)
+    parts = Part.of(training, groups), Part.of(held, groups)
+    with tqdm(
+        total=steps, initial=len(report.epochs) * steps // config.epochs, disable=not progress, unit="step"
+    ) as bar:
         for number in range(len(report.epochs) + 1, config.epochs + 1):
-            epoch = _epoch(number, state, batches, config, report, bar)
-            report.epochs.append(epoch)
+            report.epochs.append(_epoch(number, state, losses, *parts, report.epochs, bar))
             if folder is not None:
                 fit_checkpoint.write(folder, identity, report.epochs, state.tensors())
             if tracker is not None:
-                tracker.log(epoch.scalars(), number)
+                tracker.log(report.epochs[-1].scalars(), number)
     with torch.no_grad():
         for parameter, weight in zip(routers.parameters(), state.weights, strict=True):
             parameter.copy_(weight)
@@ -209,6 +141,8 @@ def _name(objective: Objective | None) -> str | None:
 
 class _State:
     """Weights and optimiser of a fit, and how far it is."""
+
+    rate: float  # of the last step
 
     def __init__(self, routers: LayerRouters, config: FitConfig, steps: int):
         self.names = [name for name, _ in routers.named_parameters()]
@@ -245,120 +179,75 @@ class _State:
             }
 
 
-class _Batches:
-    """Losses of prompts by their number."""
+class _Losses:
+    """Logits and losses of prompts by their numbers."""
 
-    def __init__(
-        self,
-        windows: WindowSet,
-        targets: Tensor,
-        groups: Sequence[str] | None,
-        training: np.ndarray,
-        held: np.ndarray,
-        objective: Objective,
-    ):
+    def __init__(self, windows: WindowSet, targets: Tensor, objective: Objective, classes: bool):
         self.windows, self.targets, self.objective = windows, targets, objective
-        self.training, self.held = training, held
-        names, self.group = np.unique(np.array(groups or ["all"] * len(targets)), return_inverse=True)
-        self.names = names.tolist()
+        self.classes = classes  # whether the targets are classes
 
-    def logits(self, rows: np.ndarray, weights: Sequence[Tensor]) -> Tensor:
-        index = torch.from_numpy(rows)
+    def __call__(self, rows: np.ndarray, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """fp32 [L, B, 3] and [B], on the device of the weights."""
         device = weights[0].device
-        pooled = self.windows.pooled.index_select(1, index.to(self.windows.pooled.device))
-        counts = self.windows.counts[index.to(self.windows.counts.device)]
-        return router_windows(pooled.to(device, torch.float32), counts.to(device), *weights)
-
-    def losses(self, logits: Tensor, rows: np.ndarray) -> Tensor:
-        targets = self.targets[torch.from_numpy(rows).to(self.targets.device)].to(logits.device)
+        pooled, counts, targets = (
+            tensor.index_select(dim, torch.from_numpy(rows).to(tensor.device)).to(device)
+            for tensor, dim in ((self.windows.pooled, 1), (self.windows.counts, 0), (self.targets, 0))
+        )
+        logits = router_windows(pooled, counts, *weights)
         losses = self.objective(logits, targets)
         if losses.shape != (len(rows),):
             raise ValueError(f"the objective must return losses [{len(rows)}], got {list(losses.shape)}")
-        return losses
-
-    def over(self, rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size]
+        return logits, losses
 
 
 def _epoch(
-    number: int, state: _State, batches: _Batches, config: FitConfig, report: FitReport, bar: Any
+    number: int, state: _State, losses: _Losses, training: Part, held: Part, before: list[Epoch], bar: Any
 ) -> Epoch:
     started = time.perf_counter()
-    last = report.epochs[-1].group_losses if report.epochs else None
+    config = state.config
+    last = np.array([before[-1].group_losses[name] for name in training.names]) if before else None
+    robust = config.robust == "cvar" and last is not None
     rng = np.random.default_rng([config.seed, number])
-    rows = batches.training[draw(rng, _probabilities(batches, config, last))]
+    drawn = draw(rng, oversampled(training, last, config.cvar) if robust else training.uniform())
     parts = []
-    for batch in batches.over(rows, config.batch_size):
-        losses = batches.losses(batches.logits(batch, state.weights), batch)
-        state.descend(losses.mean())
-        parts.append(losses.detach())
+    for places in np.split(drawn, range(config.batch_size, len(drawn), config.batch_size)):
+        _, batch = losses(training.rows[places], state.weights)
+        state.descend(batch.mean())
+        parts.append(batch.detach())
         bar.update()
-    losses = torch.cat(parts).double().cpu().numpy()
-    if not np.isfinite(losses).all():
+    each = torch.cat(parts).double().cpu().numpy()
+    if not np.isfinite(each).all():
         raise FloatingPointError(
             f"the loss is not finite in epoch {number}; lower learning_rate ({config.learning_rate}), or look for "
             "windows that are far larger than the rest. The routers are as they were"
         )
-    by_group = _group_means(batches, rows, losses, last)
-    sizes = np.bincount(batches.group[batches.training], minlength=len(batches.names))
-    present = [g for g, name in enumerate(batches.names) if name in by_group]
-    values = np.array([by_group[batches.names[g]] for g in present])
-    validation, validation_cvar, metrics = _validate(state, batches, config, report.class_counts is not None)
+    by_group = training.means(drawn, each, last)
     epoch = Epoch(
         number=number,
         learning_rate=state.rate,
-        train_loss=float(np.average(values, weights=sizes[present])),
-        train_cvar=cvar(values, config.cvar),
-        validation_loss=validation,
-        validation_cvar=validation_cvar,
-        metrics=metrics,
-        group_losses=by_group,
+        train_loss=float(np.average(by_group, weights=training.sizes)),
+        train_cvar=cvar(by_group, config.cvar),
+        **_validate(state, losses, held),
+        group_losses=dict(zip(training.names, by_group.tolist(), strict=True)),
         seconds=time.perf_counter() - started,
     )
-    bar.set_postfix(loss=f"{epoch.train_loss:.4f}", epoch=number)
+    bar.set_postfix(epoch=number, loss=f"{epoch.train_loss:.4f}")
     return epoch
 
 
-def _probabilities(batches: _Batches, config: FitConfig, last: dict[str, float] | None) -> np.ndarray:
-    """How likely each training prompt is to be drawn, given the groups' losses in the last epoch."""
-    count = len(batches.training)
-    uniform = np.full(count, 1 / count)
-    if config.robust == "none" or last is None:
-        return uniform
-    group = batches.group[batches.training]
-    sizes = np.bincount(group, minlength=len(batches.names))
-    present = [g for g, name in enumerate(batches.names) if name in last]
-    share = np.zeros(len(batches.names))
-    share[present] = worst(np.array([last[batches.names[g]] for g in present]), config.cvar)
-    return (1 - OVERSAMPLED) * uniform + OVERSAMPLED * (share / np.maximum(sizes, 1))[group]
-
-
-def _group_means(
-    batches: _Batches, rows: np.ndarray, losses: np.ndarray, last: dict[str, float] | None
-) -> dict[str, float]:
-    """Mean loss of each group among `rows`; of one that was not drawn, what it was in the last epoch."""
-    group = batches.group[rows]
-    totals, drawn = (np.bincount(group, weights=w, minlength=len(batches.names)) for w in (losses, None))
-    means = dict(last or {})
-    means.update({name: float(totals[g] / drawn[g]) for g, name in enumerate(batches.names) if drawn[g]})
-    return means
-
-
 @torch.no_grad()
-def _validate(
-    state: _State, batches: _Batches, config: FitConfig, classes: bool
-) -> tuple[float | None, float | None, dict[str, Any] | None]:
-    if not len(batches.held):
-        return None, None, None
-    logits, losses = [], []
-    for batch in batches.over(batches.held, VALIDATION_BATCH):
-        logits.append(batches.logits(batch, state.weights))
-        losses.append(batches.losses(logits[-1], batch))
-    each = torch.cat(losses).double().cpu().numpy()
-    by_group = _group_means(batches, batches.held, each, None)
+def _validate(state: _State, losses: _Losses, held: Part) -> dict[str, Any]:
+    """The figures of an epoch that are of the prompts held out."""
+    if not len(held.rows):
+        return {"validation_loss": None, "validation_cvar": None, "metrics": None}
+    batches = np.split(held.rows, range(VALIDATION_BATCH, len(held.rows), VALIDATION_BATCH))
+    logits, each = zip(*(losses(batch, state.weights) for batch in batches), strict=True)
+    values = torch.cat(each).double().cpu().numpy()
     metrics = None
-    if classes:
-        targets = batches.targets[torch.from_numpy(batches.held)]
-        metrics = measure(torch.cat(logits, dim=1), targets).to_dict()
-    return float(each.mean()), cvar(np.array(list(by_group.values())), config.cvar), metrics
+    if losses.classes:
+        metrics = measure(torch.cat(logits, dim=1), losses.targets[torch.from_numpy(held.rows)]).to_dict()
+    return {
+        "validation_loss": float(values.mean()),
+        "validation_cvar": cvar(held.means(np.arange(len(values)), values), state.config.cvar),
+        "metrics": metrics,
+    }

@@ -55,7 +55,7 @@ def read(folder: Path, identity: dict[str, Any]) -> tuple[list[Epoch], dict[str,
     except (SafetensorError, OSError) as error:
         raise OSError(f"{file} is damaged or unreadable: {error}; remove it, or give another folder") from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{file} is no checkpoint of a fit ({FORMAT!r}); give another folder")
+        raise ValueError(f"{file} is not in the format {FORMAT!r}; give another folder")
     state = json.loads(metadata["state"])
     differences = [
         f"{name} is {state['identity'].get(name)!r:.60}, not {value!r:.60}"

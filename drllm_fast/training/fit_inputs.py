@@ -39,7 +39,7 @@ def check_inputs(
     if prompts < 2:
         raise ValueError(f"{prompts} prompts are too few to train on; give at least 2, and as many as validation needs")
     _check_targets(targets, prompts, routers.num_layers, classes)
-    if groups is not None and (isinstance(groups, str) or len(groups) != prompts):
+    if groups is not None and (len(groups) != prompts or not all(isinstance(name, str) for name in groups)):
         raise ValueError(f"groups must be one name for each of the {prompts} prompts, got {groups!r:.80}")
     outside = ((counts < 1) | (counts > routers.windows)).nonzero().flatten().tolist()
     if outside:
@@ -104,7 +104,7 @@ def split(prompts: int, validation: float, seed: int) -> tuple[np.ndarray, np.nd
     held = max(1, round(prompts * validation)) if validation else 0
     if held >= prompts:
         raise ValueError(
-            f"validation={validation} of {prompts} prompts leaves none to train on; give more prompts or a smaller share"
+            f"validation={validation} of {prompts} prompts leaves none to train on; give more, or a smaller share"
         )
     order = np.random.default_rng([seed]).permutation(prompts)
     return np.sort(order[held:]), np.sort(order[:held])

@@ -101,7 +101,9 @@ class FitReport:
                 *(_number(metrics.get(name), 2) for name in ("visits", "label_visits")),
                 _number(epoch.seconds, 2),
             )
-        console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
+        console = Console(
+            file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False
+        )
         console.print(table)
         console.print(
             f"{self.training} prompts to train on, {len(self.validation)} held out; F1, ECE and visits of those held "

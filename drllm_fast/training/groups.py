@@ -12,9 +12,46 @@ An epoch draws example i of group g with probability  (1 - s) / N + s q_g / n_g,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 OVERSAMPLED = 0.5  # share of an epoch's draws that is for the worst groups
+
+
+@dataclass(frozen=True)
+class Part:
+    """Prompts of a training set, and their groups.
+
+    rows   int64 [n], numbers of the prompts
+    names  of the G groups that these prompts are of
+    group  int64 [n], of each prompt
+    sizes  int64 [G]
+    """
+
+    rows: np.ndarray
+    names: list[str]
+    group: np.ndarray
+    sizes: np.ndarray
+
+    @classmethod
+    def of(cls, rows: np.ndarray, groups: Sequence[str] | None) -> Part:
+        """The prompts `rows`; groups has a name for every prompt there is, None makes one group of them."""
+        named = ["all" if groups is None else groups[row] for row in rows]
+        names, group, sizes = np.unique(np.array(named, dtype=str), return_inverse=True, return_counts=True)
+        return cls(rows, names.tolist(), group, sizes)
+
+    def uniform(self) -> np.ndarray:
+        return np.full(len(self.rows), 1 / len(self.rows))
+
+    def means(self, places: np.ndarray, losses: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
+        """Mean loss [G] of each group, from losses of the prompts rows[places]; of one that has none, `before`."""
+        group = self.group[places]
+        drawn = np.bincount(group, minlength=len(self.names))
+        totals = np.bincount(group, weights=losses, minlength=len(self.names))
+        means = totals / np.maximum(drawn, 1)
+        return means if before is None else np.where(drawn, means, before)
 
 
 def worst(losses: np.ndarray, share: float) -> np.ndarray:
@@ -30,6 +67,11 @@ def worst(losses: np.ndarray, share: float) -> np.ndarray:
 def cvar(losses: np.ndarray, share: float) -> float:
     """The mean of the largest `share` of `losses` [G]."""
     return float(worst(losses, share) @ losses)
+
+
+def oversampled(part: Part, losses: np.ndarray, share: float) -> np.ndarray:
+    """How likely each prompt of `part` is to be drawn, fp64 [n], given its groups' losses [G]."""
+    return (1 - OVERSAMPLED) * part.uniform() + OVERSAMPLED * (worst(losses, share) / part.sizes)[part.group]
 
 
 def draw(rng: np.random.Generator, probabilities: np.ndarray) -> np.ndarray:

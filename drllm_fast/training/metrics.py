@@ -43,7 +43,7 @@ class ClassFigures:
     recall: float | None
     f1: float | None
     ece: float
-    bins: tuple[Bin, ...]
+    bins: list[Bin]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _figures(label: Tensor, chosen: Tensor, probability: Tensor, share: Tensor) 
     )
 
 
-def reliability(probability: Tensor, share: Tensor, bins: int = BINS) -> tuple[float, tuple[Bin, ...]]:
+def reliability(probability: Tensor, share: Tensor, bins: int = BINS) -> tuple[float, list[Bin]]:
     """Expected calibration error, and the bins that are not empty, lowest first.
 
     probability  fp64 [...] in [0, 1], of the class; bin b takes those from b / bins on, the last one 1 as well
@@ -126,6 +126,4 @@ def reliability(probability: Tensor, share: Tensor, bins: int = BINS) -> tuple[f
     )
     total = sum(count)
     ece = sum(abs(p - o) for p, o in zip(predicted, observed, strict=True)) / total
-    return ece, tuple(
-        Bin(int(n), p / n, o / n) for n, p, o in zip(count, predicted, observed, strict=True) if n
-    )
+    return ece, [Bin(int(n), p / n, o / n) for n, p, o in zip(count, predicted, observed, strict=True) if n]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,8 +31,6 @@ class ConsoleTracker(Tracker):
     """A line on stderr for each epoch, above the progress bar."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        import sys
-
         tqdm.write(f"{step}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()), file=sys.stderr)
 
 
@@ -101,7 +100,4 @@ def make_tracker(kind: str, folder: Path | None = None) -> Tracker:
 
 
 def _installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ValueError:  # a module that was put into sys.modules by hand
-        return False
+    return find_spec(package) is not None
