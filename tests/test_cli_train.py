@@ -233,7 +233,7 @@ def test_no_example_is_left(found, tmp_path):
 def test_ctrl_c_says_how_to_go_on(found, tmp_path, monkeypatch):
     tiny, _, first, _ = found
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **named):
         raise KeyboardInterrupt
 
     for name in ("drllm_fast.executor.RoutedForward.run_layer", "drllm_fast.training.fit._epoch"):

@@ -55,8 +55,7 @@ class WindowFile:
     def open(self) -> Tensor:
         """The windows, to be written to; the disk's room for them is taken at once."""
         try:
-            if not self.done:
-                self._write_marks()
+            self._write_marks()  # first: a file without marks is somebody else's
             with open(self.file, "ab") as file:
                 # A hole that cannot be filled later would kill the process without a word.
                 if hasattr(os, "posix_fallocate"):
