@@ -285,6 +285,12 @@ def test_draws():
     assert times[:8] / 400 == pytest.approx([0.5] * 8, abs=0.12)
 
 
+def test_a_group_that_is_not_drawn_keeps_its_loss():
+    part = Part.of(np.array([9, 8, 7, 6]), ["x"] * 6 + ["b", "b", "a", "a"])
+    assert part.names == ["a", "b"]
+    assert part.means(np.array([0, 1, 1]), np.array([1.0, 3.0, 5.0]), np.array([5.0, 7.0])) == pytest.approx([3, 7])
+
+
 def hard_group():
     """A large group and a small one that contradicts it, but for a faint mark."""
     g = torch.Generator().manual_seed(0)
