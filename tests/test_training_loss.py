@@ -216,6 +216,9 @@ def test_figures_of_soft_targets():
     metrics = measure(logits, shares)
     assert metrics.accuracy == 1
     assert metrics.label_visits == pytest.approx((0.5 + 0.6 + 0.8) / 2)
+    # Calibration is against the probabilities, 0.3 and 0.4, though repeat is no prompt's label.
+    q = [1 / (2 + math.e), 1 / (2 + math.e**2)]
+    assert metrics.classes["repeat"].ece == pytest.approx((abs(q[0] - 0.3) + abs(q[1] - 0.4)) / 2)
     ece, _ = reliability(torch.tensor([0.25, 0.25, 1.0], dtype=torch.float64), torch.tensor([0.5, 0.0, 0.7]).double())
     assert ece == pytest.approx(0.1)
 

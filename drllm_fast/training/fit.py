@@ -167,10 +167,11 @@ class _State:
             tensors |= {f"{name}.{key}": value for key, value in self.optimizer.state[weight].items()}
         return tensors
 
+    @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.step = int(tensors["fit.step"])
         for name, weight in zip(self.names, self.weights, strict=True):
-            weight.data.copy_(tensors[name])
+            weight.copy_(tensors[name])
             prefix = f"{name}."
             self.optimizer.state[weight] = {
                 key.removeprefix(prefix): value.to(weight.device)
