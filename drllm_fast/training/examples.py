@@ -110,7 +110,7 @@ def load_examples(
     for number, folder in enumerate(map(Path, stores)):
         found: list[Example] = []
         with read_store(folder) as store:
-            _check_model(store, model)
+            check_model(store, model)
             for result in store.results():
                 searched, kept = searched + 1, kept + result.kept
                 home = homes.setdefault(result.key.prompt, number)
@@ -151,7 +151,7 @@ def training_set_hash(examples: Sequence[Example]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def _check_model(store: Store, model: nn.Module | None) -> None:
+def check_model(store: Store, model: nn.Module | None) -> None:
     if model is None:
         return
     try:
@@ -168,13 +168,19 @@ def _example(
 ) -> Example:
     path, soft = dense_path(layers), None
     if result.kept:
-        path = _path(result.best, result, folder, layers)
+        path = stored_path(result.best, result, folder, layers)
         if targets == "soft":
             pairs = zip(result.paths, result.correct, strict=True)
-            soft = soft_targets([_path(text, result, folder, layers) for text, right in pairs if right], temperature)
-    tokens = encode_context(tokenizer, result.prompt, choices=result.choices is not None)
+            soft = soft_targets(
+                [stored_path(text, result, folder, layers) for text, right in pairs if right], temperature
+            )
     key = result.key
-    return Example(key.item, key.task, result.level, tuple(tokens), path, soft, result.grader)
+    return Example(key.item, key.task, result.level, stored_prompt(result, tokenizer), path, soft, result.grader)
+
+
+def stored_prompt(result: UnitResult, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens of a searched prompt, which the routers read."""
+    return tuple(encode_context(tokenizer, result.prompt, choices=result.choices is not None))
 
 
 def soft_targets(paths: Sequence[LayerPath], temperature: float) -> tuple[Probabilities, ...]:
@@ -186,7 +192,7 @@ def soft_targets(paths: Sequence[LayerPath], temperature: float) -> tuple[Probab
     return tuple(map(tuple, torch.einsum("p,plc->lc", weights, classes).tolist()))
 
 
-def _path(text: str, result: UnitResult, folder: Path, layers: int) -> LayerPath:
+def stored_path(text: str, result: UnitResult, folder: Path, layers: int) -> LayerPath:
     where = f"{folder}, {result.key.task}/{result.key.item}"
     try:
         path = decode(text)
