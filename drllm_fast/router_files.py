@@ -173,7 +173,7 @@ def _fetch(name: str, file: str, hub: dict[str, Any]) -> Path:
     except Exception as error:  # not all are OSErrors: bad ids are ValueErrors, and the HTTP client has its own
         bundled = ", ".join(bundled_routers()) or "none"
         raise OSError(
-            f"no router checkpoint {name!r}: it is not a folder here, not bundled (those are: {bundled}), and {file} of "
-            f"that id cannot be had from the Hugging Face Hub ({type(error).__name__}: {error}). Check the spelling, "
+            f"no router checkpoint {name!r}: it is not a folder here, not bundled (those are: {bundled}), and {file} "
+            f"of that id cannot be had from the Hugging Face Hub ({type(error).__name__}: {error}). Check the spelling, "
             "the connection, and for a private one the token"
         ) from error

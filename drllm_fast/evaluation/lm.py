@@ -50,6 +50,7 @@ def run_lm_eval(
     limit: int | float | None = None,
     num_fewshot: int | None = None,
     include_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    include_defaults: bool = True,
     apply_chat_template: bool | str = False,
     system_instruction: str | None = None,
     max_tokens: int = 8192,
@@ -62,6 +63,7 @@ def run_lm_eval(
     budget        of the policy, or of the model's own, while the tasks run
     tasks         lm-eval's names; also tasks, groups and tags of YAML files in `include_path`, which need no network if
                   their `dataset_path` is json and `dataset_kwargs` names `data_files`
+    include_defaults   False leaves lm-eval's own tasks out, whose thousands of files take seconds to list
     limit         documents of a task, or a share of them if below 1
     use_cache     a file in which answers are kept, so that a run that was stopped goes on. lm-eval's key is the request
                   alone: give each model, policy and budget a file of its own
@@ -75,12 +77,14 @@ def run_lm_eval(
     for path in paths:
         if not os.path.isdir(path):
             raise OSError(f"include_path {os.fspath(path)} is no folder; give the one that holds the tasks' YAML files")
-    manager = TaskManager(include_path=[os.fspath(path) for path in paths] or None)
+    manager = TaskManager(include_path=[os.fspath(p) for p in paths] or None, include_defaults=include_defaults)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ValueError(
-            f"lm-eval has no tasks {unknown}; `lm-eval ls tasks` lists them, and include_path adds folders of YAML files"
+            f"lm-eval has no tasks {unknown}; `lm-eval ls tasks` lists them, and include_path adds YAML files"
         )
+    if budget is not None and lm.policy is None:
+        raise ValueError("a budget needs a policy that keeps it, and the model is dense; give policy=")
     before = getattr(lm.policy, "budget", None)
     if budget is not None:
         set_budget(lm.policy, budget)
