@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from drllm_fast import smollm2
@@ -90,7 +89,7 @@ def _base(routers: LayerRouters, base: object) -> tuple[str, str]:
 def _loaded(kind: Any, name: str, folder: str, **kwargs: Any) -> Any:
     try:
         return kind.from_pretrained(folder, **kwargs)
-    except (OSError, HFValidationError) as error:
+    except OSError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OSError(
             f"the base model {name!r} of these routers cannot be loaded ({reason}). It must be a folder, an id on the "

@@ -174,6 +174,6 @@ def _fetch(name: str, file: str, hub: dict[str, Any]) -> Path:
         bundled = ", ".join(bundled_routers()) or "none"
         raise OSError(
             f"no router checkpoint {name!r}: it is not a folder here, not bundled (those are: {bundled}), and {file} "
-            f"of that id cannot be had from the Hugging Face Hub ({type(error).__name__}: {error}). Check the spelling, "
-            "the connection, and for a private one the token"
+            f"of that id cannot be had from the Hugging Face Hub ({type(error).__name__}: {error}). Check the "
+            "spelling, the connection, and for a private one the token"
         ) from error

@@ -1,6 +1,8 @@
 """The class for lm-eval: the dense model scores as lm-eval's own class, routed ones as edited stacks of layers."""
 
+import importlib
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -135,6 +137,18 @@ def generations(upstream):
     ]
 
 
+def test_special_tokens_are_no_text(tokenizer):
+    model = small(tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.pad_token_id] = model.lm_head.weight[tokenizer.encode("e")[0]] * 1.5
+    requests = asked("generate_until", [(text, {"max_gen_toks": 12, "until": []}) for text, _ in PAIRS if text])
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu").generate_until(
+        requests, disable_tqdm=True
+    )
+    assert RoutedLM(model, tokenizer).generate_until(requests, disable_tqdm=True) == theirs
+    assert any(len(text) < 12 for text in theirs)
+
+
 def test_dense_answers_are_those_of_lm_eval(model, tokenizer, upstream):
     requests = asked("generate_until", generations(upstream))
     theirs = upstream.generate_until(requests, disable_tqdm=True)
@@ -165,7 +179,26 @@ def test_routed_scores_are_those_of_edited_stacks(model, tokenizer, routers):
     assert not hasattr(model, "routing")
 
 
-def test_an_answer_is_scored_greedy_along_its_contexts_path(model, tokenizer, routers):
+class ByFirstToken:
+    """A policy that tells prompts apart which differ in where they begin."""
+
+    def route(self, layer, prompts):
+        return (prompts.input_ids[prompts.cu_seqlens[:-1].long()] + layer) % 3
+
+
+def test_the_path_of_a_long_context(model, tokenizer):
+    """Chosen by what the model can read of it, and not by what the answer leaves room for."""
+    lm = RoutedLM(model, tokenizer, policy=ByFirstToken())
+    paths, ids = spied(lm), tokenizer.encode(LONG)
+    whole, readable, short = (
+        own_path(model, ByFirstToken(), ids[start:]) for start in (0, -POSITIONS, -POSITIONS + 19)
+    )
+    assert readable != whole and readable != short
+    scored(lm, [(LONG, "an answer of twenty."), (LONG, "!")])
+    assert paths == {tuple(ids[start:]): {tuple(readable)} for start in (-POSITIONS + 19, -POSITIONS)}
+
+
+def test_an_answer_is_written_along_its_contexts_path(model, tokenizer, routers):
     lm = RoutedLM(model, tokenizer, policy=routers)
     request = [("Two and two", {"max_gen_toks": 5, "until": []})]
     (written,) = lm.generate_until(asked("generate_until", request), disable_tqdm=True)
@@ -176,8 +209,8 @@ def test_an_answer_is_scored_greedy_along_its_contexts_path(model, tokenizer, ro
     assert written != RoutedLM(model, tokenizer).generate_until(asked("generate_until", request), disable_tqdm=True)[0]
 
 
-def test_answers_long_contexts_and_rolling_texts_of_a_routed_model(model, tokenizer, routers, upstream):
-    """A forced path in lm-eval's own class, with the layers edited, is what a given path must equal."""
+def test_a_given_path(model, tokenizer, upstream):
+    """Scores, answers and rolling scores are those of lm-eval's own class on an edited stack."""
     path = [1, 0, 2, 1]
     ours = RoutedLM(model, tokenizer, policy=path)
     theirs = HFLM(pretrained=edited(model, path), tokenizer=tokenizer, batch_size=2, device="cpu")
@@ -207,6 +240,26 @@ def test_company_does_not_matter(model, tokenizer, routers, max_tokens):
     written = whole.generate_until(asked("generate_until", requests), disable_tqdm=True)
     backwards = lm.generate_until(asked("generate_until", requests[::-1]), disable_tqdm=True)
     assert backwards[::-1] == written
+
+
+@pytest.mark.parametrize("max_tokens", [40, 80])
+def test_forwards_are_as_wide_as_allowed(model, tokenizer, max_tokens):
+    """However many answers a context has; one request that is wider goes alone."""
+    lm = RoutedLM(model, tokenizer, max_tokens=max_tokens)
+    widths, score = [], lm.evaluator.score_tokens
+
+    def score_tokens(requests):
+        widths.append(sum(len(pairs[0][0]) + sum(len(answer) for _, answer in pairs) for pairs, _ in requests))
+        return score(requests)
+
+    lm.evaluator.score_tokens = score_tokens
+    answers = [f" the {number}th answer" for number in range(20)]
+    scored(lm, [*(("Two and two", answer) for answer in answers), *((f"{answer}?", " no") for answer in answers)])
+    wanted = 20 * 15 + 20 * 20 + 11 * len(widths)
+    assert max(widths) <= max_tokens and len(widths) <= 2 * wanted / max_tokens
+    widths.clear()
+    scored(lm, [("?", LONG[:POSITIONS]), ("?", "!")] * 2)
+    assert max(widths) <= max(max_tokens, POSITIONS + 1)
 
 
 def test_the_models_own_routing(tokenizer, routers):
@@ -392,6 +445,13 @@ def test_what_else_is_refused(model, tokenizer, folder, routers):
         evaluate(model, tokenizer, folder, policy=[1] * LAYERS, budget=0.5)
     with pytest.raises(ValueError, match="needs a policy"):
         evaluate(model, tokenizer, folder, budget=0.5)
+
+
+def test_without_lm_eval(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "drllm_fast.evaluation.lm")
+    with pytest.raises(ImportError, match=r"pip install 'drllm-fast\[eval\]'"):
+        importlib.import_module("drllm_fast.evaluation.lm")
 
 
 def test_tokens_that_cannot_be_scored(model, tokenizer):

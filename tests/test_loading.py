@@ -153,6 +153,8 @@ def test_refusals(base, tmp_path, hub):
             drllm_fast.from_pretrained(routers, base=name)
         with pytest.raises(OSError, match="these routers cannot be loaded"):
             loading.tokenizer_for(routers, base=name)
+    with pytest.raises(ValueError, match="budget"):
+        drllm_fast.from_pretrained(routers, budget=0.5)  # they are not calibrated
     routers.base_model = None
     with pytest.raises(ValueError, match="do not say which model they are for; give base="):
         drllm_fast.from_pretrained(routers)

@@ -140,9 +140,10 @@ class PathEvaluator:
         """
         prompts = [self._pairs(pairs) for pairs, _ in requests]
         plans = [self._paths(paths) for _, paths in requests]
+        sizes = [(len(plan), prompt.choices) for plan, prompt in zip(plans, prompts, strict=True)]
         out = [
-            (torch.zeros(len(plan), prompt.choices, device="cpu"), torch.ones(len(plan), prompt.choices, dtype=bool))
-            for plan, prompt in zip(plans, prompts, strict=True)
+            (torch.zeros(size, dtype=torch.float32, device="cpu"), torch.ones(size, dtype=torch.bool, device="cpu"))
+            for size in sizes
         ]
         with self._routed(), torch.inference_mode():
             for piece, row, logp in self._log_probs(batches(prompts, plans, self.max_tokens)):
