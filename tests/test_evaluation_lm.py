@@ -465,6 +465,19 @@ def test_tokens_that_cannot_be_scored(model, tokenizer):
         evaluator.greedy_tokens([([3] * (POSITIONS - 2), [1] * LAYERS)], 3)
 
 
+def test_defaults_of_torch_do_not_matter(model, tokenizer):
+    evaluator, request = RoutedLM(model, tokenizer).evaluator, ([([3, 4], [5, 6]), ([3], [4])], [1] * LAYERS)
+    expected = evaluator.score_tokens([request])[0]
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float64)
+        found = evaluator.score_tokens([request])[0]
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected)) and found[0].dtype == torch.float32
+
+
 # -- a real model
 def test_scores_of_lm_eval_on_a_real_model():
     from drllm_fast.smollm2 import load_smollm2

@@ -166,7 +166,10 @@ class PathEvaluator:
         prompts = [self._choices(context, choices) for context, choices, _ in requests]
         plans = [self._paths(paths) for _, _, paths in requests]
         out = [
-            (torch.zeros(len(plan), prompt.choices), torch.zeros(len(plan)))
+            tuple(
+                torch.zeros(size, dtype=torch.float32, device="cpu")
+                for size in ((len(plan), prompt.choices), len(plan))
+            )
             for plan, prompt in zip(plans, prompts, strict=True)
         ]
         dense = [(1,) * self.num_layers]
