@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from drllm_fast.build_info import build_info
 from drllm_fast.enable import disable_dynamic_routing, enable_dynamic_routing
 from drllm_fast.influence import StaticPolicy
+from drllm_fast.loading import from_pretrained
 from drllm_fast.policies import GivenPlan, PromptBatch, RoutingPolicy
 from drllm_fast.routers import LayerRouters
 
@@ -28,4 +29,5 @@ __all__ = [
     "build_info",
     "disable_dynamic_routing",
     "enable_dynamic_routing",
+    "from_pretrained",
 ]

@@ -18,7 +18,8 @@ def enable_dynamic_routing(model: nn.Module, policy: object, *, budget: float | 
 
     model: the one you call, and whose `generate` you call: with only the inner base model routed, `generate` of the
     outer model cannot tell prompt from draft and answer tokens. A PEFT or compiled wrapper is looked through.
-    policy: a router checkpoint (folder or hub id), `LayerRouters`, a path [L], a plan [B][L], or any `RoutingPolicy`.
+    policy: a router checkpoint (folder, bundled name or hub id), `LayerRouters`, a path [L], a plan [B][L], or any
+    `RoutingPolicy`.
     budget: the mean share of the dense model's visits to pay, for policies that keep one (0.8 for 80 %); it is set on
     the policy itself.
 

@@ -138,6 +138,6 @@ def as_policy(policy: object) -> RoutingPolicy:
     if isinstance(policy, Tensor | Sequence) or hasattr(policy, "__array__"):
         return GivenPlan(policy)
     raise TypeError(
-        f"not a policy: {type(policy).__name__}; give a router checkpoint (folder or hub id), LayerRouters, a path "
-        "[L], a plan [B][L], or an object with a method route(layer, prompts)"
+        f"not a policy: {type(policy).__name__}; give a router checkpoint (folder, bundled name or hub id), "
+        "LayerRouters, a path [L], a plan [B][L], or an object with a method route(layer, prompts)"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,22 @@ model.enable_dynamic_routing("path/or/id/of/this/checkpoint")
 """  # noqa: E501  a table's row is one line
 
 
-def locate(name: str, **hub: Any) -> tuple[Path, Path]:
-    """The files of a checkpoint: in the folder `name`, or fetched from the Hub id `name`. OSError says what is missing.
+def bundled_routers() -> dict[str, Path]:
+    """The router checkpoints that come with this package: name, and folder where it lies."""
+    root = Path(str(files("drllm_fast"))) / "data" / "routers"
+    return {config.parent.name: config.parent for config in sorted(root.glob(f"*/{CONFIG}"))}
 
+
+def locate(name: str, **hub: Any) -> tuple[Path, Path]:
+    """The files of a checkpoint: in the folder `name`, else the one bundled by that name, else fetched from the Hub id
+    `name`. OSError says what is missing.
+
+    A folder comes first, as it does everywhere in Hugging Face's libraries: what the user has made is not hidden by
+    what a later version of this package bundles.
     hub: keyword arguments of huggingface_hub.hf_hub_download.
     """
+    if not os.path.isdir(name):
+        name = str(bundled_routers().get(name, name))
     if not os.path.isdir(name):
         return _fetch(name, CONFIG, hub), _fetch(name, WEIGHTS, hub)
     for file in (CONFIG, WEIGHTS):
@@ -173,8 +185,9 @@ def _fetch(name: str, file: str, hub: dict[str, Any]) -> Path:
     try:
         return Path(hf_hub_download(name, file, **hub))
     except Exception as error:  # not all are OSErrors: bad ids are ValueErrors, and the HTTP client has its own
+        bundled = ", ".join(bundled_routers()) or "none"
         raise OSError(
-            f"no router checkpoint {name!r}: it is not a folder here, and {file} of that id cannot be had from the "
-            f"Hugging Face Hub ({type(error).__name__}: {error}). Check the spelling, the connection, and for a "
-            "private one the token"
+            f"no router checkpoint {name!r}: it is not a folder here, not bundled (those are: {bundled}), and {file} "
+            f"of that id cannot be had from the Hugging Face Hub ({type(error).__name__}: {error}). Check the "
+            "spelling, the connection, and for a private one the token"
         ) from error

@@ -376,7 +376,8 @@ class LayerRouters(
         local_files_only: bool = False,
         revision: str | None = None,
     ) -> LayerRouters:
-        """Read a checkpoint from a folder, or from the Hugging Face Hub by its id. On the CPU, in evaluation mode.
+        """Read a checkpoint: from a folder, else a bundled one by its name (`router_files.bundled_routers`), else from
+        the Hugging Face Hub by its id. On the CPU, in evaluation mode.
 
         The remaining arguments are those of huggingface_hub and matter for the Hub only. Raises OSError, naming the
         file, for one that is missing or damaged or cannot be fetched; ValueError for contents that are no routers.

@@ -63,6 +63,8 @@ class PathEvaluator:
     max_tokens       of a forward at its widest; more paths are run in several
     max_logits       bytes of logits made at once
 
+    positions        how many tokens a row may have; None where the model sets no limit
+
     The model is routed while a call runs, and left as it was. Not for several threads at once. States are kept as long
     as dtype, device and autocast stay the same; call `store.clear()` when weights or adapters have changed.
     Raises what `enable_dynamic_routing` does for a model that cannot be routed exactly.
@@ -85,6 +87,7 @@ class PathEvaluator:
         if max_tokens < 1 or max_logits < 1:
             raise ValueError(f"max_tokens and max_logits must be positive, got {max_tokens} and {max_logits}")
         self.max_tokens, self.max_logits = max_tokens, max_logits
+        self.positions = _positions(self.decoder.config)
         if getattr(self.decoder.config, "output_router_logits", False):
             raise NotImplementedError(
                 "output_router_logits=True in the model's config is not supported; set it to False"
@@ -125,6 +128,33 @@ class PathEvaluator:
                     out[request][place].index_add_(0, choice, told)
         return out
 
+    def score_tokens(
+        self, requests: Sequence[tuple[Sequence[tuple[Sequence[int], Sequence[int]]], Any]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """`score_many` of prompts that are tokens already: C pairs (context, continuation) of token ids, and P paths.
+
+        For each request float32 [P, C], the log-likelihoods of the continuations, and bool [P, C], whether each token
+        of the continuation is the model's most probable one. Raises ValueError for a context or continuation without
+        tokens, and what `score_choices` raises.
+        """
+        prompts = [self._pairs(pairs) for pairs, _ in requests]
+        plans = [self._paths(paths) for _, paths in requests]
+        sizes = [(len(plan), prompt.choices) for plan, prompt in zip(plans, prompts, strict=True)]
+        out = [
+            (torch.zeros(size, dtype=torch.float32, device="cpu"), torch.ones(size, dtype=torch.bool, device="cpu"))
+            for size in sizes
+        ]
+        with self._routed(), torch.inference_mode():
+            for piece, row, logp in self._log_probs(batches(prompts, plans, self.max_tokens)):
+                index, tokens, choice = torch.tensor(piece.prompt.targets, device="cpu").T
+                told = logp[index.to(logp.device), tokens.to(logp.device)].cpu()
+                missed = choice[logp.argmax(-1).cpu()[index] != tokens]
+                for request, place in piece.places[row]:
+                    scores, greedy = out[request]
+                    scores[place].index_add_(0, choice, told)
+                    greedy[place, missed] = False
+        return out
+
     def divergence(self, context: str, choices: Sequence[str], paths: Any) -> Tensor:
         """float32 [P]: KL(dense || path) of the model's distributions of the next token, in nats, its mean over the
         places where `score_choices` predicts a token of a choice. No right answer is needed."""
@@ -135,7 +165,10 @@ class PathEvaluator:
         prompts = [self._choices(context, choices) for context, choices, _ in requests]
         plans = [self._paths(paths) for _, _, paths in requests]
         out = [
-            (torch.zeros(len(plan), prompt.choices), torch.zeros(len(plan)))
+            tuple(
+                torch.zeros(size, dtype=torch.float32, device="cpu")
+                for size in ((len(plan), prompt.choices), len(plan))
+            )
             for plan, prompt in zip(plans, prompts, strict=True)
         ]
         dense = [(1,) * self.num_layers]
@@ -167,12 +200,22 @@ class PathEvaluator:
         self, requests: Sequence[tuple[str, Any]], max_new_tokens: int, *, stop: Sequence[str] = ()
     ) -> list[list[list[int]]]:
         """`greedy` of several prompts, in shared forwards."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if isinstance(stop, str) or not all(stop):
-            raise ValueError(f"stop must be a list of texts, none of them empty, got {stop!r:.80}")
+        _check_ends(max_new_tokens, stop)
         prompts = [self._free(prompt, max_new_tokens) for prompt, _ in requests]
-        plans = [self._paths(paths) for _, paths in requests]
+        return self._greedy(prompts, [paths for _, paths in requests], max_new_tokens, stop)
+
+    def greedy_tokens(
+        self, requests: Sequence[tuple[Sequence[int], Any]], max_new_tokens: int, *, stop: Sequence[str] = ()
+    ) -> list[list[list[int]]]:
+        """`greedy_many` of prompts that are token ids already, none of them empty."""
+        _check_ends(max_new_tokens, stop)
+        prompts = [self._pairs([(prompt, ())], room=max_new_tokens) for prompt, _ in requests]
+        return self._greedy(prompts, [paths for _, paths in requests], max_new_tokens, stop)
+
+    def _greedy(
+        self, prompts: Sequence[EncodedPrompt], paths: Sequence[Any], max_new_tokens: int, stop: Sequence[str]
+    ) -> list[list[list[int]]]:
+        plans = [self._paths(some) for some in paths]
         out: list[list[list[int]]] = [[[] for _ in plan] for plan in plans]
         with self._routed(), torch.inference_mode():
             for pieces in batches(prompts, plans, self.max_tokens):
@@ -208,6 +251,13 @@ class PathEvaluator:
         # Never one that choices are scored of, so that its states in the store all have their keys and values.
         return self._remembered((prompt, None), lambda: [(encode_prompt(self.tokenizer, prompt), [])], room)
 
+    def _pairs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], room: int = 0) -> EncodedPrompt:
+        """Room for an answer is asked for where the continuation is still to be written, and empty."""
+        key = tuple((tuple(context), tuple(answer)) for context, answer in pairs)
+        if not key or not all(context and (answer or room) for context, answer in key):
+            raise ValueError(f"every context and continuation needs a token, got {key!r:.80}")
+        return self._remembered((key, None), lambda: key, room)
+
     def _remembered(self, key: tuple, make: Any, room: int) -> EncodedPrompt:
         if key not in self._prompts:
             self._prompts[key] = EncodedPrompt(make())
@@ -216,7 +266,7 @@ class PathEvaluator:
                 self.store.forget(old)
         self._prompts.move_to_end(key)
         prompt = self._prompts[key]
-        limit = _positions(self.decoder.config)
+        limit = self.positions
         if limit is not None and max(prompt.trie.positions) + 1 + room > limit:
             raise ValueError(
                 f"a prompt of {max(prompt.trie.positions) + 1} tokens{f' and {room} of its answer' if room else ''} "
@@ -323,6 +373,13 @@ class PathEvaluator:
             routing.last = last
             if own:
                 disable_dynamic_routing(self.top)
+
+
+def _check_ends(max_new_tokens: int, stop: Sequence[str]) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop must be a list of texts, none of them empty, got {stop!r:.80}")
 
 
 def _positions(config: Any) -> int | None:
