@@ -113,6 +113,20 @@ def _cheapest_of_equals(total: Tensor, keys: Tensor) -> Tensor:
     return out.scatter_(1, order, total.gather(1, order).masked_fill(again, torch.inf))
 
 
+def supported(paths: Tensor, to: int, share: float = 0.005) -> Tensor:
+    """bool [L]: blocks that at least this share of the measured paths int8 [M, L] skips, or repeats."""
+    return (paths == to).float().mean(0) >= share
+
+
+def spread_steps(count: int, skips: int, repeats: int, each: int, seed: int = 0) -> Tensor:
+    """int64 [count, each]: for each prompt different lengths of path to be taught at, drawn from -repeats..skips; the
+    routers must know what they see on short paths and on long ones."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.arange(-repeats, skips + 1)
+    weights = torch.where(lengths < 0, 0.2, 1.0).expand(count, -1)
+    return lengths[torch.multinomial(weights, each, generator=generator)]
+
+
 class PlaceObjective:
     """The loss of the module's docstring, for `drllm_fast.training.fit.fit`: targets fp32 [B, L, 2] are places."""
 

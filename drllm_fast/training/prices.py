@@ -1,8 +1,8 @@
 """What it costs a prompt to leave out blocks, from measured paths.
 
 A search that spreads paths over budgets (`drllm-fast search --method spread --reward kl`) leaves, for each prompt,
-paths and what they cost: KL(dense || path), or the loss of log-likelihood. Prices of blocks do not add up: what block 17
-costs depends on whether block 16 runs. So the cost of a whole path is fitted, not a price for each block:
+paths and what they cost: KL(dense || path), or the loss of log-likelihood. Prices of blocks do not add up: what block
+17 costs depends on whether block 16 runs. So the cost of a whole path is fitted, not a price for each block:
 
     cost(x, p) ~ f(z(x), skipped(p), repeated(p))^2      f an ensemble of small perceptrons, z(x) the prompt's features
 
@@ -96,7 +96,7 @@ def load_measurements(
     return Measurements(tokens, groups, torch.tensor(owner), torch.tensor(paths, dtype=torch.int8), found)
 
 
-def features(windows: WindowSet, size: int = 24) -> Tensor:
+def features(windows: WindowSet, size: int = 8) -> Tensor:
     """fp32 [N, size], principal components of the prompts, from the windows of their dense paths; unit variance."""
     layers = len(windows.pooled)
     counts = windows.counts.clamp(min=1).unsqueeze(1)

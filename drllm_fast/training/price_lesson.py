@@ -1,0 +1,96 @@
+"""From measured paths to what routers are to learn: costs are fitted, blocks ordered, and paths of several lengths
+chosen for each prompt to be read along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drllm_fast.router_reference import EXECUTE, REPEAT, SKIP
+from drllm_fast.training.examples import Example
+from drllm_fast.training.orders import PlaceObjective, find_orders, spread_steps, supported
+from drllm_fast.training.prices import CostModel, Measurements, features
+from drllm_fast.training.windows import pool_examples
+
+
+@dataclass
+class Lesson:
+    """examples   of each prompt as many as it has lengths, with the path to read it along
+    places     fp32 [N, L, 2], the targets of `objective`
+    about      for the report: how well costs were foretold, and the blocks that each group leaves out first
+    """
+
+    examples: list[Example]
+    places: Tensor
+    objective: PlaceObjective
+    about: dict[str, Any]
+
+
+def price_lesson(
+    model: nn.Module,
+    measured: Measurements,
+    *,
+    skips: int = 9,
+    repeats: int = 3,
+    lengths: int = 3,
+    seed: int = 0,
+    max_tokens: int = 8192,
+    file: Path | None = None,
+    progress: bool = True,
+) -> Lesson:
+    """What to teach routers of `model`, from paths measured on it.
+
+    skips, repeats  the longest sequences of blocks to leave out, and to repeat
+    lengths         paths of different lengths for each prompt
+    file            for the windows of the dense paths, see `pool_examples`
+
+    Raises ValueError where measured paths have not left out, or repeated, enough blocks.
+    """
+    prompts, layers = len(measured.tokens), measured.paths.shape[1]
+    if lengths > skips + repeats + 1:
+        raise ValueError(f"lengths={lengths}, but there are only {skips + repeats + 1} lengths of path to choose from")
+    dense = torch.full((prompts, layers), EXECUTE, dtype=torch.int8)
+    windows = pool_examples(
+        model,
+        measured.tokens,
+        dense,
+        windows=1,
+        max_tokens=max_tokens,
+        dtype=torch.float32,
+        file=file,
+        progress=progress,
+    )
+    z = features(windows)
+    cost, quality = CostModel.fit(z, measured, seed=seed, progress=progress)
+    orders = find_orders(
+        cost,
+        z,
+        skippable=supported(measured.paths, SKIP),
+        repeatable=supported(measured.paths, REPEAT),
+        skips=skips,
+        repeats=repeats,
+        progress=progress,
+    )
+    places = orders.places()
+    steps = spread_steps(prompts, skips, repeats, lengths, seed)
+    examples = []
+    for column in steps.T:
+        for number, path in enumerate(orders.paths(column).tolist()):
+            group, _, level = measured.groups[number].partition("/")
+            name = f"{number}/{int(column[number])}"
+            examples.append(Example(name, group, int(level) if level else None, measured.tokens[number], tuple(path)))
+    firsts = {
+        group: places[[i for i, name in enumerate(measured.groups) if name == group]][..., 0].mean(0)
+        for group in sorted(set(measured.groups))
+    }
+    about = {
+        "learnt": "places of blocks in the order in which they are best left out",
+        "measured_paths": len(measured.costs),
+        "cost_model_r2": quality,
+        "left_out_first": {group: mean.argsort()[:skips].tolist() for group, mean in firsts.items()},
+    }
+    return Lesson(examples, places.repeat(lengths, 1, 1), PlaceObjective(skips, repeats), about)
