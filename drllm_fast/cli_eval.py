@@ -19,8 +19,8 @@ def evaluate(
     task: Annotated[
         list[str],
         typer.Option(
-            help="FILE.jsonl or .jsonl.gz; synth_arith or synth_arith:1-2; hf:NAME, hf:NAME:CONFIG:SPLIT. May be "
-            "repeated."
+            help="FILE.jsonl or .jsonl.gz; synth_arith or synth_arith:1-2; text:FILE.txt (its perplexity); each with "
+            ":train or :validation for a part of it; hf:NAME, hf:NAME:CONFIG:SPLIT. May be repeated."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on where it stopped.")],

@@ -23,6 +23,7 @@ class Method(str, Enum):
     policy_gradient = "policy-gradient"
     random = "random"
     chain = "chain"
+    spread = "spread"
 
 
 class Reward(str, Enum):
@@ -89,7 +90,10 @@ def search(
     model: Annotated[str, typer.Option(help=f"Model folder or hub id; the bundled one: {SMOLLM2}.")],
     task: Annotated[
         str,
-        typer.Option(help="FILE.jsonl or .jsonl.gz; synth_arith or synth_arith:1-2; hf:NAME, hf:NAME:CONFIG:SPLIT."),
+        typer.Option(
+            help="FILE.jsonl or .jsonl.gz; synth_arith or synth_arith:1-2; text:FILE.txt or sentences:FILE.txt; each "
+            "with :train or :validation for a part of it; hf:NAME, hf:NAME:CONFIG:SPLIT."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on where it stopped.")],
     limit: Annotated[
@@ -147,7 +151,7 @@ def search(
         int, typer.Option(min=1, help="Paths that must agree, for the reward agreement.", rich_help_panel=SEARCH)
     ] = 3,
     prior: Annotated[
-        str, typer.Option(help="Which edits come first: none, block-influence or cka.", rich_help_panel=SEARCH)
+        str, typer.Option(help="Which edits come first: none, block-influence, cka or kl.", rich_help_panel=SEARCH)
     ] = "none",
     early_stop: Annotated[
         bool,
@@ -372,13 +376,13 @@ def report(store: Any, output: Path) -> None:
 
 def _check_config(config: Any) -> None:
     """ValueError for what no search could be made of, whatever the model."""
-    from drllm_fast.influence import CRITERIA
     from drllm_fast.search.base import Outcome
     from drllm_fast.search.grading import check_grader
+    from drllm_fast.search.priors import PRIORS
     from drllm_fast.search.searcher import make_searcher
 
-    if config.prior not in ("none", *CRITERIA):
-        raise ValueError(f"--prior {config.prior}: write none, {' or '.join(CRITERIA)}")
+    if config.prior not in PRIORS:
+        raise ValueError(f"--prior {config.prior}: write {', '.join(PRIORS[:-1])} or {PRIORS[-1]}")
     if config.grader != "auto":
         check_grader(config.grader)
     make_searcher(replace(config, prior="none"), 2, Outcome(0.0, False), 0)

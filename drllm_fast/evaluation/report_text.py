@@ -50,9 +50,13 @@ def _setting(figures: dict[str, Any]) -> Section:
     ]
     note = (
         f"Intervals are {100 * figures['level']:.0f} % bootstrap intervals over the items "
-        f"({number(figures['samples'])} samples). Routers read the prompt only. Static and random masks run at least "
-        "as many visits as the routers' mean beside them."
+        f"({number(figures['samples'])} samples)."
     )
+    if any(row["kind"] == "routers" for task in figures["tasks"] for row in task["rows"]):
+        note += (
+            " Routers read the prompt only. Static and random masks run at least as many visits as the routers' mean "
+            "beside them."
+        )
     return Section("Evaluation", note, ("", "value"), rows)
 
 
@@ -124,7 +128,11 @@ def _versus(versus: dict[str, Any] | None, perplexity: bool, exact: bool) -> lis
     if versus is None:
         return [""] * (4 if exact else 3)
     form = (lambda value: f"{value:+.3f}") if perplexity else points
-    cells = [form(versus["mean"]), f"{form(versus['low'])} to {form(versus['high'])}", f"{versus['p']:.3f}"]
+    cells = [form(versus["mean"]), f"{form(versus['low'])} to {form(versus['high'])}", _p(versus["p"])]
     if exact:
-        cells.append(NONE if versus.get("mcnemar") is None else f"{versus['mcnemar']:.3f}")
+        cells.append(NONE if versus.get("mcnemar") is None else _p(versus["mcnemar"]))
     return cells
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -215,7 +215,7 @@ def _check(items: Sequence[Item], together: int, random_masks: int, samples: int
     seen: set[tuple[str, str]] = set()
     for item in items:
         if (item.task, item.id) in seen:
-            raise ValueError(f"two items of {item.task} have the id {item.id!r}; give each task once")
+            raise ValueError(f"two items of {item.task} have the id {item.id!r}; evaluate them one after the other")
         seen.add((item.task, item.id))
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drllm_fast.active import ACTIVE
@@ -128,15 +129,29 @@ class PathEvaluator:
     def divergence(self, context: str, choices: Sequence[str], paths: Any) -> Tensor:
         """float32 [P]: KL(dense || path) of the model's distributions of the next token, in nats, its mean over the
         places where `score_choices` predicts a token of a choice. No right answer is needed."""
-        prompt, plan = self._choices(context, choices), self._paths(paths)
-        dense = (1,) * self.num_layers
-        out = torch.zeros(len(plan), dtype=torch.float32, device="cpu")
+        return self.measure_many([(context, choices, paths)])[0][1]
+
+    def measure_many(self, requests: Sequence[tuple[str, Sequence[str], Any]]) -> list[tuple[Tensor, Tensor]]:
+        """`score_choices` and `divergence` of several prompts, from the same forwards."""
+        prompts = [self._choices(context, choices) for context, choices, _ in requests]
+        plans = [self._paths(paths) for _, _, paths in requests]
+        out = [
+            (torch.zeros(len(plan), prompt.choices), torch.zeros(len(plan)))
+            for plan, prompt in zip(plans, prompts, strict=True)
+        ]
+        dense = [(1,) * self.num_layers]
         with self._routed(), torch.inference_mode():
-            [(_, _, reference)] = self._log_probs([[Piece(prompt, [dense], [[]])]], count=False)
-            for piece, row, logp in self._log_probs(batches([prompt], [plan], self.max_tokens)):
-                kl = (reference.exp() * (reference - logp)).sum(-1).mean()
-                for _, place in piece.places[row]:
-                    out[place] = kl
+            for some in batches(prompts, plans, self.max_tokens):
+                alone = batches([piece.prompt for piece in some], [dense] * len(some), self.max_tokens)
+                references = {piece.prompt: logp for piece, _, logp in self._log_probs(alone, count=False)}
+                for piece, row, logp in self._log_probs([some]):
+                    reference = references[piece.prompt]
+                    index, tokens, choice = torch.tensor(piece.prompt.targets, device="cpu").T
+                    told = logp[index.to(logp.device), tokens.to(logp.device)].cpu()
+                    kl = F.kl_div(logp, reference, reduction="none", log_target=True).sum(-1).mean()
+                    for request, place in piece.places[row]:
+                        out[request][0][place].index_add_(0, choice, told)
+                        out[request][1][place] = kl
         return out
 
     # -- free answers

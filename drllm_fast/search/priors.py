@@ -6,6 +6,9 @@ With s_l the influence of block l (`drllm_fast.influence`) and m the median of a
 
 between 0 and 2, and 1 at the median, whatever the criterion's unit. Skips and repeats have the same weight: a block
 that changes little when it runs once changes little when it runs twice.
+
+The kind 'kl' measures the edits instead: s_l is KL(dense || path) of the path with that one edit on the second half of
+each text, and skips and repeats have weights of their own.
 """
 
 from __future__ import annotations
@@ -14,10 +17,16 @@ from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
 
+import torch
 from torch import nn
 
-from drllm_fast.influence import CRITERIA, influences
+from drllm_fast.influence import CRITERIA, calibration_texts, influences
+from drllm_fast.router_reference import REPEAT, SKIP
 from drllm_fast.search.base import BlockWeights
+from drllm_fast.search.evaluator import PathEvaluator
+from drllm_fast.search.paths import dense_path
+
+PRIORS = ("none", *CRITERIA, "kl")
 
 
 def edit_prior(
@@ -28,17 +37,38 @@ def edit_prior(
     texts: Iterable[str] | None = None,
     max_tokens: int = 2048,
 ) -> list[BlockWeights] | None:
-    """L pairs (skip, repeat) of weights for `kind`, a criterion; None for the kind 'none'.
+    """L pairs (skip, repeat) of weights for `kind`, a criterion or 'kl'; None for the kind 'none'.
 
     The model must not be routed. `tokenizer`, `texts` and `max_tokens` are as for `influence.influences`, whose errors
     are raised. ValueError for another kind.
     """
     if kind == "none":
         return None
-    if kind not in CRITERIA:
-        raise ValueError(f"prior must be one of none, {', '.join(CRITERIA)}, got {kind!r}")
+    if kind not in PRIORS:
+        raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {kind!r}")
+    if kind == "kl":
+        skip, repeat = edit_divergences(model, tokenizer, calibration_texts() if texts is None else texts)
+        return list(zip(block_weights(skip), block_weights(repeat), strict=True))
     scores = influences(model, tokenizer, texts, criterion=kind, max_tokens=max_tokens)
     return [(weight, weight) for weight in block_weights(scores)]
+
+
+def edit_divergences(
+    model: nn.Module, tokenizer: Any, texts: Iterable[str], *, max_tokens: int = 256
+) -> tuple[list[float], list[float]]:
+    """KL(dense || path), in nats a token, of skipping each block, and of repeating it: the mean over the texts, each
+    cut to max_tokens words, of the tokens in its second half."""
+    evaluator = PathEvaluator(model, tokenizer, store_bytes=0)
+    layers = evaluator.num_layers
+    dense = dense_path(layers)
+    paths = [dense[:block] + (times,) + dense[block + 1 :] for times in (SKIP, REPEAT) for block in range(layers)]
+    requests = []
+    for text in texts:
+        words = text.split()[:max_tokens]
+        half = len(words) // 2
+        requests.append((" ".join(words[:half]), [" " + " ".join(words[half:])], paths))
+    found = torch.stack([kl for _, kl in evaluator.measure_many(requests)]).mean(dim=0).tolist()
+    return found[:layers], found[layers:]
 
 
 def block_weights(scores: list[float]) -> list[float]:

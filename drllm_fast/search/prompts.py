@@ -203,6 +203,8 @@ FORMS: dict[str, Form] = {
     "question": _QUESTION,
     "verbatim": Form(_verbatim),
     "letters": Form(_listed, _letters),
+    "text": Form(_verbatim),
+    "sentences": Form(_verbatim),
     "arc_easy": _QUESTION,
     "arc_challenge": _QUESTION,
     "openbookqa": Form(_verbatim),

@@ -24,6 +24,7 @@ from drllm_fast.search.mcts import TreeSearch
 from drllm_fast.search.paths import LayerPath
 from drllm_fast.search.policy_gradient import PolicyGradientSearch
 from drllm_fast.search.random_search import RandomSearch
+from drllm_fast.search.spread import SpreadSearch
 from drllm_fast.search.unit import SearchConfig
 
 __all__ = ["METHODS", "BlockWeights", "Outcome", "Searcher", "make_searcher"]
@@ -34,6 +35,7 @@ METHODS: dict[str, type[BaseSearch]] = {
     "random": RandomSearch,
     "beam": BeamSearch,
     "policy-gradient": PolicyGradientSearch,
+    "spread": SpreadSearch,
 }
 
 

@@ -2,12 +2,17 @@
 
 arc_easy.train.jsonl.gz                     rows as in `drllm_fast.search.rows`
 synth_arith, synth_arith:1-2                `drllm_fast.search.arithmetic`, all levels or some
+text:FILE.txt, sentences:FILE.txt.gz        unlabelled text, as in `drllm_fast.search.running_text`
 hf:allenai/ai2_arc:ARC-Easy:train           a data set, its configuration and its split, through `datasets`
 hf:./folder                                 a folder that `datasets` can read
+
+All but the last two may end in :train or :validation, which is a part of their rows: a third is for validation, by a
+hash of a row's id, or of its document, so that no row and no document is in both.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +23,13 @@ from drllm_fast.search.arithmetic import LEVELS, arithmetic
 from drllm_fast.search.layouts import LAYOUTS, by_fields, find_layout
 from drllm_fast.search.prompts import FORMS, Form, build_item, form_of
 from drllm_fast.search.rows import SUFFIXES, Row, check_rows, read_jsonl
+from drllm_fast.search.running_text import KINDS, text_rows
 from drllm_fast.search.unit import Item
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PARTS = ("train", "validation")  # of a file
 SPLITS = ("train", "validation", "test")  # in the order in which one is taken where none is named
 Fields = Mapping[str, str | Sequence[str]]
 
@@ -95,14 +102,34 @@ def load_task(
 def load_rows(spec: str, *, seed: int = 0, fields: Fields | None = None) -> list[Row]:
     """The checked rows of a spec, before any prompt."""
     kind, _, rest = spec.partition(":")
-    if kind == "synth_arith":
-        return check_rows((row["id"], row) for row in arithmetic(parse_levels(rest) if rest else LEVELS, seed=seed))
     if kind == "hf":
         return _hugging_face(rest, fields)
+    whole, _, part = spec.rpartition(":")
+    if part not in PARTS:
+        return _whole(spec, seed, fields)
+    rows = [row for row in _whole(whole, seed, fields) if part_of(row) == part]
+    if not rows:
+        raise ValueError(f"{whole} has no rows in its part for {part}; it is too short to be parted")
+    return rows
+
+
+def part_of(row: Row) -> str:
+    """Whether a row is for train or for validation."""
+    name = row.get("document", row["id"])
+    return PARTS[hashlib.blake2b(name.encode(), digest_size=2).digest()[0] % 3 == 2]
+
+
+def _whole(spec: str, seed: int, fields: Fields | None) -> list[Row]:
+    kind, _, rest = spec.partition(":")
+    if kind == "synth_arith":
+        return check_rows((row["id"], row) for row in arithmetic(parse_levels(rest) if rest else LEVELS, seed=seed))
+    if kind in KINDS:
+        return text_rows(spec, seed=seed)
     if not spec.endswith(SUFFIXES):
         raise ValueError(
             f"unknown task {spec!r}; known are a file that ends in {' or '.join(SUFFIXES)}, synth_arith, "
-            f"synth_arith:1-2, and hf:DATASET[:CONFIG][:SPLIT]. Prompt forms: {', '.join(sorted(FORMS))}"
+            "synth_arith:1-2, text:FILE.txt, sentences:FILE.txt, each of them with :train or :validation after it, and "
+            f"hf:DATASET[:CONFIG][:SPLIT]. Prompt forms: {', '.join(sorted(FORMS))}"
         )
     path = Path(spec).expanduser()
     if not path.is_file():

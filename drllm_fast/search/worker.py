@@ -73,10 +73,13 @@ class SearchWorker:
         """Evaluate the wanted paths of each search, in forwards shared by those that are alike."""
         busy = [(search, paths) for search, paths in zip(active, wanted, strict=True) if paths]
         choosing = [(s, p) for s, p in busy if s.item.choices is not None]
-        scored = self.evaluator.score_many([(s.item.prompt, s.item.choices, p) for s, p in choosing])
-        for (search, paths), scores in zip(choosing, scored, strict=True):
-            divergence = self._divergence(search, paths)
-            for path, row, kl in zip(paths, scores.tolist(), divergence, strict=True):
+        requests = [(s.item.prompt, s.item.choices, p) for s, p in choosing]
+        if self.config.reward == "kl":
+            scored = [(scores.tolist(), kl.tolist()) for scores, kl in self.evaluator.measure_many(requests)]
+        else:
+            scored = [(scores.tolist(), [None] * len(scores)) for scores in self.evaluator.score_many(requests)]
+        for (search, paths), (scores, divergence) in zip(choosing, scored, strict=True):
+            for path, row, kl in zip(paths, scores, divergence, strict=True):
                 prediction = str(max(range(len(row)), key=row.__getitem__))
                 search.known[path] = Evaluation(prediction, tuple(row), kl)
         writing: dict[tuple, list[tuple[ItemSearch, list[LayerPath]]]] = {}
@@ -107,8 +110,7 @@ class SearchWorker:
     def _divergence(self, search: ItemSearch, paths: list[LayerPath]) -> list[float | None]:
         if self.config.reward != "kl":
             return [None] * len(paths)
-        choices = search.item.choices or search.answers[:1]
-        return self.evaluator.divergence(search.item.prompt, choices, paths).tolist()
+        return self.evaluator.divergence(search.item.prompt, search.answers[:1], paths).tolist()
 
 
 class _Aim:

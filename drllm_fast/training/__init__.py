@@ -1,12 +1,12 @@
 """Training routers: from searched paths, or from prices of blocks, to a checkpoint that keeps a budget.
 
-    examples     prompts with their labels, from what a search stored
-    windows      what the routers see: pooled windows of every block, from one pass of the frozen model
-    loss         the published loss and its alternatives
-    fit          trains all routers of a model together on stored windows
-    metrics      what a fit reports
-    trackers     where it reports to
-    prices       what leaving out a block costs, fitted to measured paths
-    calibrate    the table of budgets and penalties
-    refine       policy gradient on the routers
+examples     prompts with their labels, from what a search stored
+windows      what the routers see: pooled windows of every block, from one pass of the frozen model
+loss         the published loss and its alternatives
+fit          trains all routers of a model together on stored windows
+metrics      what a fit reports
+trackers     where it reports to
+prices       what leaving out a block costs, fitted to measured paths
+calibrate    the table of budgets and penalties
+refine       policy gradient on the routers
 """

@@ -1,0 +1,47 @@
+"""Paths spread over budgets, for prices: each skips m random blocks, m uniform in 1..options["skips"], and repeats up
+to options["repeats"] others.
+
+Blocks are drawn one after the other by the prior's weights, raised to options["sharpness"]: paths through blocks that
+nobody would leave out say little about those one would.
+"""
+
+from __future__ import annotations
+
+from drllm_fast.router_reference import EXECUTE, REPEAT, SKIP
+from drllm_fast.search.base import BaseSearch, at_least
+from drllm_fast.search.paths import LayerPath
+
+
+class SpreadSearch(BaseSearch):
+    """See the module. It ends early after MAX_FRUITLESS draws in a row that are all known, and it never stops early
+    for a correct path."""
+
+    OPTIONS = {"skips": 9, "repeats": 1, "sharpness": 1.0}
+    MAX_FRUITLESS = 1000
+
+    def _start(self) -> None:
+        at_least(self.config, self.options, skips=1, repeats=0, sharpness=0.0)
+        if self.options["skips"] >= self.num_layers:
+            raise ValueError(f"option 'skips' must be below the number of blocks, {self.num_layers}")
+
+    def _propose(self) -> LayerPath | None:
+        for _ in range(self.MAX_FRUITLESS):
+            path = list(self.dense)
+            self._change(path, SKIP, self.rng.randint(1, self.options["skips"]))
+            self._change(path, REPEAT, self.rng.randint(0, self.options["repeats"]))
+            if not self._known(tuple(path)) and sum(path) <= self._longest:
+                return tuple(path)
+        return None
+
+    def _change(self, path: list[int], to: int, count: int) -> None:
+        for _ in range(count):
+            free = [block for block, times in enumerate(path) if times == EXECUTE]
+            if not free:
+                return
+            weights = [self._block_weight(block, to) for block in free]
+            path[self.rng.choices(free, weights if any(weights) else None)[0]] = to
+
+    def _block_weight(self, block: int, to: int) -> float:
+        if self.prior is None:
+            return 1.0
+        return self.prior[block][(SKIP, REPEAT).index(to)] ** self.options["sharpness"]
