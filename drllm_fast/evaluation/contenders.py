@@ -200,7 +200,7 @@ def contenders(
             )
         if left_out[-1] > len(ranking.order):
             raise ValueError(
-                f"the static policy {name!r} ranks {len(ranking.order)} blocks, and {left_out[-1]} of {layers} are to "
+                f"the static policy {name!r} ranks {len(ranking.order)} of {layers} blocks, and {left_out[-1]} are to "
                 f"be left out; calibrate it with budget={1 - left_out[-1] / layers:.3g}, or ask for larger budgets"
             )
         order = {size: ranking.order[:size] for size in left_out}

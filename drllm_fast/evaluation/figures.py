@@ -74,8 +74,8 @@ def figures_of(
     A row is a contender at a budget: kind, name, budget, masks (how many random ones it is the mean of), visits (the
     mean), share (of L), value with low and high, normalised (by characters; None where not all items have choices),
     kept (the value as a share of the dense one; of perplexity the inverse), versus_dense, and of the routers
-    versus_static: {name, mean, low, high, p, mcnemar} against the best static mask at that budget. Differences are of
-    accuracy, or of nats per token; mcnemar is None where values are not 0 and 1.
+    versus_static: {name, visits, mean, low, high, p, mcnemar} against the best static mask at that budget. Differences
+    are of accuracy, or of nats per token; mcnemar is None where values are not 0 and 1.
     ValueError for a perplexity that is not finite.
     """
     layers = len(compete[0].paths[0])
@@ -204,7 +204,10 @@ def _task(
         a, b = at[row.key], at[other.key]
         paired = asdict(difference(mean[a] - mean[b], means[:, a] - means[:, b]))
         exact = measure == ACCURACY and row.masks == other.masks == 1
-        return {"name": other.name, **paired, "mcnemar": mcnemar(row.values, other.values) if exact else None}
+        return {
+            "name": other.name, "visits": float(other.visits.mean()), **paired,
+            "mcnemar": mcnemar(row.values, other.values) if exact else None,
+        }  # fmt: skip
 
     drawn: dict[str, dict[RowName, np.ndarray]] = {"versus_dense": {}, "versus_static": {}}
     found = []
@@ -249,6 +252,7 @@ def _average(
             row[name] = None
             if first[name] is not None:
                 means = np.mean([drawn[task["task"], measure][name][key] for task in tasks], axis=0)
-                row[name] = asdict(difference(float(np.mean([figure[name]["mean"] for figure in same])), means))
+                mean, run = (float(np.mean([figure[name][part] for figure in same])) for part in ("mean", "visits"))
+                row[name] = {"visits": run, **asdict(difference(mean, means))}
         rows.append(row)
     return {"measure": measure, "tasks": [task["task"] for task in tasks], "rows": rows}

@@ -71,7 +71,7 @@ def _taken(scores: Any) -> int | None:
 class Results:
     """Outcomes by item and path; in memory, and in a folder where one is given.
 
-    folder       made if it is not there
+    folder       made when there is something to keep
     fingerprint  of the model; dtype of its weights; both kept in the folder
     check        raises ValueError for the fingerprint of another model
 
@@ -87,6 +87,7 @@ class Results:
         check: Callable[[dict[str, Any]], None],
     ):
         self._known: dict[Key, dict[LayerPath, Outcome]] = {}
+        self._settings = FORMAT | {"dtype": dtype, "fingerprint": fingerprint, "package_version": __version__}
         self.file = None if folder is None else folder / RESULTS
         if folder is None:
             return
@@ -96,11 +97,6 @@ class Results:
             _check_settings(folder, dtype, check)
         elif folder.is_dir() and any((folder / name).exists() for name in (RESULTS, "manifest.json", "report.json")):
             raise ValueError(f"{folder} holds other results and no {SETTINGS}; give another folder")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            values = FORMAT | {"dtype": dtype, "fingerprint": fingerprint, "package_version": __version__}
-            with written(folder / SETTINGS) as file:
-                file.write((json.dumps(values, indent=1) + "\n").encode())
         if self.file.exists():
             self._read()
 
@@ -118,6 +114,10 @@ class Results:
         if self.file is None:
             return
         try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            if not (settings := self.file.with_name(SETTINGS)).exists():
+                with written(settings) as file:
+                    file.write((json.dumps(self._settings, indent=1) + "\n").encode())
             with self.file.open("a", encoding="utf-8") as file:
                 file.writelines(lines)
                 file.flush()

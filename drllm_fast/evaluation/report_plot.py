@@ -44,7 +44,8 @@ def plot(figures: dict[str, Any], path: str | PathLike[str] | None = None) -> Fi
     for axes in panels[len(tasks) :]:
         axes.set_axis_off()
     handles = {name: handle for axes in panels for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=int(figure.get_figwidth() // 2.6), frameon=False, fontsize=8)
+    legend = {"ncols": int(figure.get_figwidth() // 2.6), "frameon": False, "fontsize": 8}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", **legend)
     figure.suptitle(f"{figures['model']}, {figures['layers']} layers", fontsize=11, parse_math=False)
     if path is not None:
         with written(Path(path)) as file:

@@ -22,12 +22,10 @@ def markdown(figures: dict[str, Any]) -> str:
 def sections(figures: dict[str, Any]) -> list[Section]:
     found = [_setting(figures)]
     for task in figures["tasks"]:
-        found.append(_reached(task))
-        if len(task["rows"]) > 1:
-            found.append(_differences(task["task"], task, figures))
+        found += [_reached(task), *_differences(task["task"], task)]
     for average in figures["averages"]:
-        if len(average["tasks"]) > 1 and len(average["rows"]) > 1:
-            found.append(_average(average, figures))
+        if len(average["tasks"]) > 1:
+            found += _differences(f"mean of {len(average['tasks'])} tasks", average)
     return found
 
 
@@ -85,34 +83,32 @@ def _reached(task: dict[str, Any]) -> Section:
     return Section(f"{task['task']}: {task['measure']}", note, tuple(columns), rows)
 
 
-def _differences(title: str, task: dict[str, Any], figures: dict[str, Any]) -> Section:
+def _differences(title: str, task: dict[str, Any]) -> list[Section]:
+    """Every contender against the dense model, and the routers against the best static mask."""
     perplexity = task["measure"] == PERPLEXITY
-    unit = "nats per token, less is better" if perplexity else "points of accuracy"
-    exact = not perplexity and any((row["versus_dense"] or {}).get("mcnemar") is not None for row in task["rows"])
-    static = any(row["versus_static"] for row in task["rows"])
-    rows = []
-    for row in task["rows"]:
-        if row["versus_dense"] is None or row["kind"] == "oracle":
-            continue
-        cells = [label(row), *_run(row), *_versus(row["versus_dense"], perplexity, exact)]
-        if static:
-            cells += [*_versus(row["versus_static"], perplexity, exact), (row["versus_static"] or {}).get("name", "")]
-        rows.append(tuple(cells))
-    columns = ["", "budget", "visits", "layers run", "- dense", "95 %", "p"]
-    columns += ["McNemar"] if exact else []
-    if static:
-        columns += ["- static", "95 %", "p", *(["McNemar"] if exact else []), "which"]
-    note = f"In {unit}, over the same items; p of the bootstrap"
-    note += ", and of McNemar's exact test." if exact else "."
-    if static:
-        note += " The static mask is the best at that budget on these very items, which favours it."
-    return Section(f"{title}: differences", note, tuple(columns), rows)
-
-
-def _average(average: dict[str, Any], figures: dict[str, Any]) -> Section:
-    tasks = len(average["tasks"])
-    section = _differences(f"mean of {tasks} tasks", average, figures)
-    return Section(section.title, section.note + " Every task counts alike.", section.columns, section.rows)
+    exact = any("mcnemar" in (row["versus_dense"] or {}) for row in task["rows"]) and not perplexity
+    note = f"In {'nats per token, less is better' if perplexity else 'points of accuracy'}, over the same items"
+    note += "; p of the bootstrap, and of McNemar's exact test." if exact else "; p of the bootstrap."
+    if "tasks" in task:
+        note += f" Every task counts alike: {', '.join(task['tasks'])}."
+    columns = ("difference", "95 %", "p", *(["McNemar"] if exact else []))
+    found = []
+    against = [row for row in task["rows"] if row["versus_dense"] is not None and row["kind"] != "oracle"]
+    if against:
+        rows = [(label(row), *_run(row), *_versus(row["versus_dense"], perplexity, exact)) for row in against]
+        head = ("", "budget", "visits", "layers run", *columns)
+        found.append(Section(f"{title}: against the dense model", note, head, rows))
+    against = [row for row in task["rows"] if row["versus_static"] is not None]
+    if against:
+        rows = []
+        for row in against:
+            name = row["versus_static"].get("name", "the best")
+            cells = _versus(row["versus_static"], perplexity, exact)
+            rows.append((name, *_run(row)[:2], f"{row['versus_static']['visits']:.2f}", *cells))
+        note += " The static mask is the best one at that budget on these very items, which favours it."
+        head = ("", "budget", "visits", "its visits", *columns)
+        found.append(Section(f"{title}: routers against a static mask", note, head, rows))
+    return found
 
 
 def _run(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -124,13 +120,11 @@ def _ends(row: dict[str, Any], perplexity: bool) -> str:
     return f"{scale * row['low']:.{places}f} - {scale * row['high']:.{places}f}"
 
 
-def _versus(versus: dict[str, Any] | None, perplexity: bool, exact: bool) -> list[str]:
-    if versus is None:
-        return [""] * (4 if exact else 3)
+def _versus(versus: dict[str, Any], perplexity: bool, exact: bool) -> list[str]:
     form = (lambda value: f"{value:+.3f}") if perplexity else points
     cells = [form(versus["mean"]), f"{form(versus['low'])} to {form(versus['high'])}", _p(versus["p"])]
     if exact:
-        cells.append(NONE if versus.get("mcnemar") is None else _p(versus["mcnemar"]))
+        cells.append(NONE if versus["mcnemar"] is None else _p(versus["mcnemar"]))
     return cells
 
 
