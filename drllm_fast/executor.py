@@ -59,6 +59,7 @@ class RoutedForward:
         self.policy = policy  # None once all paths are known
         self.prompt_lengths = prompt_lengths
         self.input_ids: Tensor | None = None  # [T], for the policy
+        self.memory: dict = {}  # the policy's
         self.plan = (
             cache.plan if policy is None else torch.zeros(packed.batch, num_layers, dtype=torch.int8, device="cpu")
         )
@@ -111,6 +112,7 @@ class RoutedForward:
             hidden[0] if index is None else hidden[0].index_select(0, index),
             cu_seqlens,
             ids if index is None or ids is None else ids.index_select(0, index.to(ids.device)),
+            self.memory,
         )
         rows, layers = self.plan.shape
         decisions = check_decisions(self.policy.route(layer, prompts), rows, layers, layer)

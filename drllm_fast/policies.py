@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,11 +22,13 @@ class PromptBatch:
                          be the model's own tensor, so do not write to it
     cu_seqlens  [B + 1]  int32, same device: row b owns hidden[cu_seqlens[b] : cu_seqlens[b + 1]]
     input_ids   [P]      the prompts' token ids; None when the model was called with inputs_embeds
+    memory               what a policy wants to keep from block to block of the same forward
     """
 
     hidden: Tensor
     cu_seqlens: Tensor
     input_ids: Tensor | None = None
+    memory: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 @runtime_checkable

@@ -23,7 +23,8 @@ from drllm_fast.router_reference import CLASSES
 
 CONFIG, WEIGHTS = "config.json", "routers.safetensors"
 SETTINGS = (
-    "num_layers", "hidden_size", "router_size", "windows", "knob", "base_model", "calibration", "training_set", "grader"
+    "num_layers", "hidden_size", "router_size", "windows", "knob", "base_model", "calibration", "margin",
+    "guard_radius", "training_set", "grader",
 )  # fmt: skip
 
 # What the tensors mean. A reader that does not know a value must not guess.
@@ -58,7 +59,9 @@ model.enable_dynamic_routing("path/or/id/of/this/checkpoint")
 | router | windowed means of the hidden states, at most {{ windows }} windows; Linear({{ hidden_size }}, {{ router_size }}), GELU, Linear({{ router_size }}, 3) |
 | classes | skip, execute, repeat |
 | knob | {{ knob }} (-0.5: the routers alone) |
-| calibration | {{ calibration if calibration is not none else "not calibrated" }} |
+| budgets | {{ budgets }} |
+| margin | {{ margin }}: how sure a router must be to leave "execute" |
+| guard | {{ "none" if guard_radius is none else "prompts unlike the training prompts run every layer once" }} |
 | training set | {{ training_set or "not recorded" }} |
 | grader | {{ grader or "not recorded" }} |
 | written by | drllm-fast {{ package_version }} |
@@ -115,6 +118,10 @@ def read_weights(file: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         "w2": [layers, CLASSES, width],
         "b2": [layers, CLASSES],
     }
+    if config["guard_radius"] is not None:
+        prototypes = weights.get("prototypes")
+        count = len(prototypes) if prototypes is not None and prototypes.ndim else 0
+        expected |= {"prototypes": [max(count, 1), hidden_size], "centre": [hidden_size]}
     found = {name: list(tensor.shape) for name, tensor in weights.items()}
     if found != expected:
         raise ValueError(f"{file} holds {found}, but the config beside it asks for {expected}")
@@ -141,11 +148,18 @@ def card(settings: dict[str, Any], info: MixinInfo, **extra: Any) -> ModelCard:
     layers, hidden_size, width = (settings[key] for key in ("num_layers", "hidden_size", "router_size"))
     facts = settings | {
         "base_name": name,
+        "budgets": _budgets(settings["calibration"]),
         "parameters": f"{layers * (width * (hidden_size + 1 + CLASSES) + CLASSES):,}",
         "paper_url": info.paper_url,
         "package_version": package_version(),
     }
     return ModelCard.from_template(ModelCardData(**data), template_str=info.model_card_template, **(facts | extra))
+
+
+def _budgets(calibration: dict[str, Any] | None) -> str:
+    if calibration is None:
+        return "not calibrated"
+    return f"{calibration['budgets'][0]:.3g} to {calibration['budgets'][-1]:.3g} of the layers (`budget=...`)"
 
 
 def package_version() -> str:

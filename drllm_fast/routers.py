@@ -20,7 +20,9 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from drllm_fast import fingerprint, ops, router_files
+from drllm_fast.budget import BudgetTable
 from drllm_fast.decoder import decoder_of, unwrap
+from drllm_fast.guard import Guard, row_means
 from drllm_fast.policies import PromptBatch
 from drllm_fast.router_reference import CLASSES, EXECUTE, REPEAT, SKIP, decide
 
@@ -84,14 +86,22 @@ class LayerRouters(
     knob                      see the property
     base_model                {"name": str, "fingerprint": dict} of the model they were trained on; `bind` compares it.
                               None: only L and d are compared
-    calibration, training_set, grader   what is known of the training, for the checkpoint's config and card: the table
-                              of penalty to expected budget, the hash of the training set, who judged the answers
+    calibration               a BudgetTable, or what its `to_dict` gives: which penalty keeps which budget
+    margin                    see the property
+    guard                     a Guard: prompts unlike those it knows run every block once, whatever the routers say
+    training_set, grader      what is known of the training, for the checkpoint's config and card: the hash of the
+                              training set, who judged the answers
     generator                 for the initial weights
 
     Raises TypeError or ValueError.
     """
 
     _knob: float
+    _margin: float
+    _budget: float | None
+    _penalty: float
+    _calibration: BudgetTable | None
+    _cost: tuple[tuple[float, float, float], torch.device, Tensor] | None  # the last costs, as a tensor
 
     def __init__(
         self,
@@ -102,7 +112,9 @@ class LayerRouters(
         windows: int = 8,
         knob: float = PURE_ROUTER,
         base_model: dict[str, Any] | None = None,
-        calibration: Any = None,
+        calibration: BudgetTable | dict[str, Any] | None = None,
+        margin: float = 0.0,
+        guard: Guard | None = None,
         training_set: str | None = None,
         grader: str | None = None,
         generator: torch.Generator | None = None,
@@ -122,9 +134,13 @@ class LayerRouters(
             raise ValueError(f"base_model must be None or a dict with name and fingerprint, got {base_model!r:.80}")
         self.num_layers, self.hidden_size = num_layers, hidden_size
         self.router_size, self.windows = router_size, windows
+        self._budget, self._penalty, self._cost = None, 0.0, None
         self.knob = knob
+        self.margin = margin
         self.base_model = base_model
-        self.calibration, self.training_set, self.grader = calibration, training_set, grader
+        self.calibration = calibration
+        self.guard = guard
+        self.training_set, self.grader = training_set, grader
 
         self.w1 = nn.Parameter(torch.empty(num_layers, router_size, hidden_size, dtype=torch.float32))
         self.b1 = nn.Parameter(torch.empty(num_layers, router_size, dtype=torch.float32))
@@ -180,7 +196,73 @@ class LayerRouters(
             raise ValueError(
                 f"knob must be from -1 (all skip) over -0.5 (routers alone) to 1 (all repeat), got {value}"
             )
+        if value != PURE_ROUTER and self._budget is not None:
+            raise ValueError(f"knob {value} and budget {self._budget} exclude each other; set budget = None first")
         self._knob = float(value)
+
+    @property
+    def calibration(self) -> BudgetTable | None:
+        """Which penalty keeps which budget; without it no budget can be set. ValueError when set to what is none."""
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, table: BudgetTable | dict[str, Any] | None) -> None:
+        table = table if table is None or isinstance(table, BudgetTable) else BudgetTable.from_dict(table)
+        penalty = 0.0 if self._budget is None or table is None else table.penalty(self._budget)
+        self._calibration, self.penalty = table, penalty
+        if table is None:
+            self._budget = None
+
+    @property
+    def budget(self) -> float | None:
+        """The mean share of the dense model's visits to pay, from `calibration`; None (the default): no penalty.
+
+        When set: TypeError for what is no number; ValueError for routers that are not calibrated, for a budget outside
+        their table, and beside a knob other than -0.5."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, value: float | None) -> None:
+        if value is None:
+            self._budget, self.penalty = None, 0.0
+            return
+        if self.knob != PURE_ROUTER:
+            raise ValueError(f"budget {value} and knob {self.knob} exclude each other; set knob = -0.5 first")
+        if self.calibration is None:
+            raise ValueError(
+                "these routers have no table of budgets; make one with drllm-fast calibrate, or "
+                "drllm_fast.training.calibrate"
+            )
+        penalty = self.calibration.penalty(value)
+        self._budget, self.penalty = float(value), penalty
+
+    @property
+    def penalty(self) -> float:
+        """What each visit costs, in logits; a budget sets it."""
+        return self._penalty
+
+    @penalty.setter
+    def penalty(self, value: float) -> None:
+        self._penalty = float(value)
+
+    @property
+    def margin(self) -> float:
+        """By how many logits skip or repeat must beat execute, 0 or more: deviate only when sure. A table of budgets
+        holds for the margin it was made with. TypeError or ValueError when set to anything else."""
+        return self._margin
+
+    @margin.setter
+    def margin(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"margin must be a number of 0 or more, got {value!r}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"margin must be a number of 0 or more, got {value}")
+        self._margin = float(value)
+
+    @property
+    def costs(self) -> tuple[float, float, float]:
+        """What is subtracted from the logits of skip, execute and repeat before the largest one is taken."""
+        return self.margin, self.penalty, self.margin + 2 * self.penalty
 
     # -- the policy ---------------------------------------------------------------------------------------------------
     def bind(self, model: nn.Module) -> None:
@@ -210,11 +292,14 @@ class LayerRouters(
         Differentiable. Raises ValueError for a layer there is not, for hidden states of another size, and
         for values that are not finite, naming layer and rows.
         """
-        logits, _ = self._decide(layer, prompts)
+        logits, _ = self._decide(layer, prompts, None)
         _check_finite(logits, layer)
         return logits
 
-    def _decide(self, layer: int, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
+    def _decide(
+        self, layer: int, prompts: PromptBatch, costs: tuple[float, float, float] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits less the costs, and decisions."""
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer must be from 0 to {self.num_layers - 1}, got {layer}")
         hidden, cu_seqlens = prompts.hidden, prompts.cu_seqlens
@@ -228,25 +313,43 @@ class LayerRouters(
         w1, b1, w2, b2 = (p[layer] for p in self._parameters.values())
         if w1.device != hidden.device:
             w1, b1, w2, b2 = (w.to(hidden.device) for w in (w1, b1, w2, b2))
+        cost = torch.zeros_like(b2) if costs is None else self._on_device(costs, b2.device)
         if cu_seqlens.dtype != torch.int32 or hidden.dtype == torch.float64:
-            return ops.router(hidden, cu_seqlens, w1, b1, w2, b2, windows=self.windows)
-        return torch.ops.drllm_fast.router(hidden, cu_seqlens, w1, b1, w2, b2, torch.zeros_like(b2), self.windows)
+            return ops.router(hidden, cu_seqlens, w1, b1, w2, b2, windows=self.windows, cost=cost)
+        return torch.ops.drllm_fast.router(hidden, cu_seqlens, w1, b1, w2, b2, cost, self.windows)
+
+    def _on_device(self, costs: tuple[float, float, float], device: torch.device) -> Tensor:
+        if self._cost is None or self._cost[:2] != (costs, device):
+            self._cost = costs, device, torch.tensor(costs, dtype=torch.float32, device=device)
+        return self._cost[2]
 
     @torch.inference_mode()
     def route(self, layer: int, prompts: PromptBatch) -> Tensor:
         """int8 [B] on the CPU, for each prompt whether block `layer` is skipped (0), executed (1) or repeated (2)."""
-        logits, decisions = self._decide(layer, prompts)
+        costs = self.costs
+        logits, decisions = self._decide(layer, prompts, costs if any(costs) else None)
         elsewhere = not logits.is_cpu
         if elsewhere:  # one copy, for each waits for the device; the decisions follow from it
             logits = logits.cpu()
         _check_finite(logits, layer)
-        return choose(logits, self.knob) if elsewhere or self.knob != PURE_ROUTER else decisions
+        if elsewhere or self.knob != PURE_ROUTER:
+            decisions = choose(logits, self.knob)
+        if self.guard is not None:
+            if layer == 0:
+                prompts.memory["guarded"] = self._guarded(prompts)
+            decisions = decisions.masked_fill(prompts.memory["guarded"], EXECUTE)
+        return decisions
+
+    def _guarded(self, prompts: PromptBatch) -> Tensor:
+        """bool [B] on the CPU."""
+        self.guard = self.guard.to(prompts.hidden.device)
+        return self.guard.unlike(row_means(prompts.hidden, prompts.cu_seqlens)).cpu()
 
     def extra_repr(self) -> str:
         base = "any" if self.base_model is None else repr(self.base_model["name"])
         return (
             f"num_layers={self.num_layers}, hidden_size={self.hidden_size}, router_size={self.router_size}, "
-            f"windows={self.windows}, knob={self.knob}, base_model={base}"
+            f"windows={self.windows}, knob={self.knob}, budget={self.budget}, base_model={base}"
         )
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -291,6 +394,9 @@ class LayerRouters(
         config = router_files.read_config(config_file)
         weights = router_files.read_weights(weights_file, config)
         try:  # an own generator leaves the caller's random numbers alone
+            radius = config.pop("guard_radius")
+            if radius is not None:
+                config["guard"] = Guard(weights.pop("prototypes"), weights.pop("centre"), float(radius))
             routers = cls(**config, generator=torch.Generator())
         except (TypeError, ValueError) as error:
             raise ValueError(f"{config_file}: {error}") from error
@@ -298,11 +404,17 @@ class LayerRouters(
         return routers.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        router_files.write(save_directory, self.settings(), self.state_dict())
+        weights = self.state_dict()
+        if self.guard is not None:
+            weights |= {"prototypes": self.guard.prototypes, "centre": self.guard.centre}
+        router_files.write(save_directory, self.settings(), weights)
 
     def settings(self) -> dict[str, Any]:
-        """What the constructor takes to build the same routers, weights apart; the part of config.json that varies."""
-        return {name: getattr(self, name) for name in router_files.SETTINGS}
+        """The part of config.json that varies: what builds the same routers, weights and prototypes apart."""
+        settings = {name: getattr(self, name, None) for name in router_files.SETTINGS}
+        settings["calibration"] = None if self.calibration is None else self.calibration.to_dict()
+        settings["guard_radius"] = None if self.guard is None else self.guard.radius
+        return settings
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         return router_files.card(self.settings(), self._hub_mixin_info, **kwargs)

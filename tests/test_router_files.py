@@ -11,13 +11,17 @@ from families import tiny
 from safetensors.torch import load_file, save_file
 
 from drllm_fast import router_files
+from drllm_fast.budget import BudgetTable
+from drllm_fast.guard import Guard
 from drllm_fast.routers import LayerRouters
 
 
 @pytest.fixture
 def saved(tmp_path):
     routers = LayerRouters.for_model(tiny("llama"), router_size=8, generator=torch.Generator().manual_seed(0))
-    routers.knob, routers.calibration, routers.grader = -0.6, [[0.0, 0.9]], "exact match"
+    routers.knob, routers.grader, routers.margin = -0.6, "exact match", 0.5
+    routers.calibration = BudgetTable((0.5, 1.0), (2.0, 0.25), {"prompts": 7})
+    routers.guard = Guard.fit(torch.randn(9, routers.hidden_size), prototypes=3)
     routers.save_pretrained(tmp_path / "routers")
     return routers, tmp_path / "routers"
 
@@ -30,6 +34,10 @@ def test_round_trip(saved):
     loaded = LayerRouters.from_pretrained(folder)
     assert torch.equal(before, torch.get_rng_state())
     assert loaded.settings() == routers.settings() and loaded.knob == -0.6 and not loaded.training
+    assert loaded.calibration == routers.calibration and loaded.margin == 0.5
+    assert (
+        torch.equal(loaded.guard.prototypes, routers.guard.prototypes) and loaded.guard.radius == routers.guard.radius
+    )
     assert loaded.state_dict().keys() == routers.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), routers.parameters(), strict=True))
     loaded.bind(tiny("llama"))

@@ -58,7 +58,7 @@ def test_none_needs_no_model():
 
 def test_refusals():
     model = tiny("llama")
-    with pytest.raises(ValueError, match="prior must be one of none, block-influence, cka, got 'shapley'"):
+    with pytest.raises(ValueError, match="prior must be one of none, block-influence, cka, kl, got 'shapley'"):
         edit_prior(model, tokenizer, "shapley")
     with pytest.raises(ValueError, match="criterion must be one of block-influence, cka, got 'shapley'"):
         influences(model, tokenizer, criterion="shapley")

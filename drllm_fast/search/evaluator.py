@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drllm_fast.active import ACTIVE
@@ -143,12 +142,16 @@ class PathEvaluator:
         with self._routed(), torch.inference_mode():
             for some in batches(prompts, plans, self.max_tokens):
                 alone = batches([piece.prompt for piece in some], [dense] * len(some), self.max_tokens)
-                references = {piece.prompt: logp for piece, _, logp in self._log_probs(alone, count=False)}
+                # KL = sum p log p - sum p log q, the first of which is the same for all paths.
+                references = {
+                    piece.prompt: (torch.linalg.vecdot(logp.exp(), logp), logp.exp())
+                    for piece, _, logp in self._log_probs(alone, count=False)
+                }
                 for piece, row, logp in self._log_probs([some]):
-                    reference = references[piece.prompt]
+                    negentropy, reference = references[piece.prompt]
                     index, tokens, choice = torch.tensor(piece.prompt.targets, device="cpu").T
                     told = logp[index.to(logp.device), tokens.to(logp.device)].cpu()
-                    kl = F.kl_div(logp, reference, reduction="none", log_target=True).sum(-1).mean()
+                    kl = (negentropy - torch.linalg.vecdot(reference, logp)).mean()
                     for request, place in piece.places[row]:
                         out[request][0][place].index_add_(0, choice, told)
                         out[request][1][place] = kl

@@ -1,5 +1,5 @@
-"""Paths spread over budgets, for prices: each skips m random blocks, m uniform in 1..options["skips"], and repeats up
-to options["repeats"] others.
+"""Paths spread over budgets, for prices: each skips m random blocks, m uniform in 1..options["skips"] (all but one
+block at most), and repeats up to options["repeats"] others.
 
 Blocks are drawn one after the other by the prior's weights, raised to options["sharpness"]: paths through blocks that
 nobody would leave out say little about those one would.
@@ -21,13 +21,11 @@ class SpreadSearch(BaseSearch):
 
     def _start(self) -> None:
         at_least(self.config, self.options, skips=1, repeats=0, sharpness=0.0)
-        if self.options["skips"] >= self.num_layers:
-            raise ValueError(f"option 'skips' must be below the number of blocks, {self.num_layers}")
 
     def _propose(self) -> LayerPath | None:
         for _ in range(self.MAX_FRUITLESS):
             path = list(self.dense)
-            self._change(path, SKIP, self.rng.randint(1, self.options["skips"]))
+            self._change(path, SKIP, self.rng.randint(1, max(1, min(self.options["skips"], self.num_layers - 1))))
             self._change(path, REPEAT, self.rng.randint(0, self.options["repeats"]))
             if not self._known(tuple(path)) and sum(path) <= self._longest:
                 return tuple(path)
