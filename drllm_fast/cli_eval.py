@@ -58,7 +58,9 @@ def evaluate(
     budgets: Annotated[
         str | None,
         typer.Option(
-            help="Shares of the layers to run; default: 1.0,0.95,0.9,0.85,0.8,0.75.", rich_help_panel=COMPARED
+            help="Shares of the layers to run; default: 1.0,0.95,0.9,0.85,0.8,0.75, of these what the routers are "
+            "calibrated for.",
+            rich_help_panel=COMPARED
         ),
     ] = None,
     static: Annotated[

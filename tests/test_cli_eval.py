@@ -4,8 +4,13 @@ import gzip
 import json
 
 import pytest
+import torch
 from cli_cases import LAYERS, TEMPLATE, call, contents, ended, free, quiz, refused, tiny_folder
+from transformers import AutoModelForCausalLM
 
+from drllm_fast import LayerRouters
+from drllm_fast.budget import BudgetTable
+from drllm_fast.evaluation import outcomes
 from drllm_fast.influence import StaticPolicy
 
 PLENTY = ("--budgets", "1,0.75,0.5", "--threads", 1)
@@ -59,6 +64,24 @@ def test_an_evaluation_ends_with_its_report(models, task, tmp_path):
     before = contents(output)
     second = ended(evaluate(models["tiny"], [task, sums], output, *static, *PLENTY, "--max-new-tokens", 2))
     assert second.stdout == first.stdout and contents(output) == before
+
+
+def test_routers_beside_masks_of_their_size(models, task, tmp_path):
+    loaded = AutoModelForCausalLM.from_pretrained(models["tiny"])
+    routers = LayerRouters.for_model(loaded, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        routers.w2 *= 40
+    routers.calibration = BudgetTable((0.5, 1.0), (9.0, 0.0))
+    routers.save_pretrained(tmp_path / "routers")
+    more = ("--routers", tmp_path / "routers", "--static", "cka", *PLENTY)
+    result = ended(evaluate(models["tiny"], task, tmp_path / "out", *more))
+    assert "QUIZ: ROUTERS AGAINST A STATIC MASK" in result.stdout
+    rows = figures(tmp_path / "out")["tasks"][0]["rows"]
+    pairs = [[row for row in rows if row["budget"] == budget] for budget in (1.0, 0.75, 0.5)]
+    for routed, static in pairs:
+        assert (routed["kind"], static["kind"]) == ("routers", "static") and routed["versus_static"]["name"] == "cka"
+        assert min(routed["visits"], LAYERS) <= static["visits"] < max(routed["visits"], 0) + 1
+    assert pairs[0][0]["visits"] > pairs[2][0]["visits"]
 
 
 def test_only_the_dense_model(models, task, tmp_path):
@@ -133,10 +156,6 @@ def test_unknown_tasks_and_tasks_given_twice(models, task, tmp_path):
 
 
 def test_another_model_or_checkpoint_is_refused(models, task, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    from drllm_fast import LayerRouters
-
     ended(evaluate(models["tiny"], task, tmp_path / "out", "--limit", 1))
     before = contents(tmp_path / "out")
     refused(evaluate(models["other"], task, tmp_path / "out"), "another model")
@@ -150,8 +169,6 @@ def test_another_model_or_checkpoint_is_refused(models, task, tmp_path):
 
 
 def test_ctrl_c_loses_nothing_that_was_scored(models, task, tmp_path, monkeypatch):
-    from drllm_fast.evaluation import outcomes
-
     add, calls = outcomes.Results.add, []
 
     def interrupted(self, found):

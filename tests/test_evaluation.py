@@ -11,6 +11,7 @@ from families import LAYERS, tiny
 
 import drllm_fast
 from drllm_fast import LayerRouters
+from drllm_fast.budget import BudgetTable
 from drllm_fast.evaluation import EvaluationReport, evaluate
 from drllm_fast.evaluation.contenders import contenders, context_tokens
 from drllm_fast.evaluation.outcomes import group_of
@@ -281,7 +282,7 @@ def test_what_is_scored_is_not_scored_again(model, items, policy, tmp_path, monk
     # An item whose prompt has changed is another one.
     del asked[:]
     run(model, [replace(items[0], prompt="Else?")], policy, output=tmp_path)
-    assert {prompt for prompt, _ in asked} == {"Else?"}
+    assert {prompt for prompt, _ in asked} == {"Else?"} and ("Else?", DENSE) in asked
 
 
 def test_another_grader_judges_again(model, tmp_path):
@@ -292,16 +293,24 @@ def test_another_grader_judges_again(model, tmp_path):
 
 
 def test_a_checkpoint_folder_serves_as_routers(model, items, tmp_path):
-    routers = LayerRouters.for_model(model)
-    if not hasattr(routers, "budget"):
-        pytest.skip("these routers keep no budget")
+    routers = LayerRouters.for_model(model, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        routers.w2 *= 40
+    with pytest.raises(ValueError, match="no table of budgets"):
+        run(model, items, routers, output=tmp_path / "out")
+    routers.calibration = BudgetTable((0.5, 0.92), (9.0, 0.0))
+    with pytest.raises(ValueError, match="budget 0.4"):
+        run(model, items, routers, budgets=(0.9, 0.4), output=tmp_path / "out")
+    assert routers.budget is None and not (tmp_path / "out").exists()
     routers.save_pretrained(tmp_path / "checkpoint")
-    try:
-        report = evaluate(model, TOKENIZER, items[:4], routers=tmp_path / "checkpoint", budgets=[1.0], samples=50)
-    except ValueError as error:  # without a table of budgets there is nothing to keep one by
-        assert "calibrat" in str(error)
-    else:
-        assert report.figures["tasks"][0]["rows"][1]["kind"] == "routers"
+    report = run(model, items, tmp_path / "checkpoint", budgets=None)
+    found = [row for row in report.figures["tasks"][0]["rows"] if row["kind"] == "routers"]
+    assert [row["budget"] for row in found] == [0.9, 0.85, 0.8, 0.75]  # the usual ones that it is calibrated for
+    assert found[0]["visits"] > found[-1]["visits"]
+    assert run(model, items, routers, budgets=None).figures == report.figures and routers.budget is None
+    routers.calibration = BudgetTable((0.5, 0.6), (9.0, 0.0))
+    [*_, row] = run(model, items, routers, budgets=None, oracle=False).figures["tasks"][0]["rows"]
+    assert row["budget"] == 0.5
 
 
 # -- refusals

@@ -77,12 +77,14 @@ def routed(
     before = getattr(routers, "budget", None)
     found = []
     try:
+        for budget in budgets:  # whatever is refused is refused before work has begun
+            set_budget(routers, budget)
         for budget in tqdm(budgets, desc="routing prompts, by budget", disable=not progress):
             set_budget(routers, budget)
             plan = route_paths(model, list(distinct), routers, max_tokens=max_tokens).tolist()
             found.append(Contender("routers", "routers", budget, tuple(tuple(plan[distinct[c]]) for c in contexts)))
     finally:
-        if before is not None:
+        if hasattr(routers, "budget"):
             routers.budget = before
     return found
 

@@ -57,7 +57,8 @@ def evaluate(
                       text to be predicted; of several choices the likeliest is taken; free answers are decoded greedily
     output            a folder that keeps what is scored, item by item; the same call goes on where it stopped
     routers           a checkpoint (folder or hub id), LayerRouters, or another policy with a budget
-    budgets           shares of the L visits, each in (0, 1]; `contenders.BUDGETS` by default
+    budgets           shares of the L visits, each in (0, 1]; by default `contenders.BUDGETS`, of these what the routers
+                      are calibrated for
     static            criteria ("block-influence", "cka"), files of static policies, or such policies
     random_masks      masks drawn for each size, whose mean is reported
     oracle            report what the best path of each item reaches, of all that were scored for it within a budget
@@ -76,10 +77,7 @@ def evaluate(
     compared = routers is not None or bool(static) or random_masks > 0
     if not compared and (budgets is not None or oracle):
         raise ValueError("budgets and the oracle need something to compare: give routers, static or random masks")
-    budgets = list(dict.fromkeys((BUDGETS if budgets is None else budgets) if compared else ()))
-    if compared and not budgets:
-        raise ValueError("no budgets; give one or more shares of the layers, such as 0.9, or None for the usual ones")
-    for budget in budgets:
+    for budget in budgets or ():
         skipped_blocks(budget, layers)
     rankings(static, model)
     if isinstance(routers, (str, PathLike)):
@@ -88,6 +86,11 @@ def evaluate(
         routers = LayerRouters.from_pretrained(routers)
     if hasattr(routers, "bind"):
         routers.bind(model)
+    if budgets is None and compared:
+        budgets = _usual_budgets(routers)
+    budgets = list(dict.fromkeys(budgets or ()))
+    if compared and not budgets:
+        raise ValueError("no budgets; give one or more shares of the layers, such as 0.9, or None for the usual ones")
     evaluator = PathEvaluator(model, tokenizer, max_tokens=max_tokens)
     dtype = str(evaluator.decoder.get_input_embeddings().weight.dtype).removeprefix("torch.")
     results = Results(
@@ -191,6 +194,14 @@ def _writing(
                 for path, text in zip(paths, texts, strict=True)
             }
     return found
+
+
+def _usual_budgets(routers: Any) -> Sequence[float]:
+    table = getattr(routers, "calibration", None)
+    if table is None:
+        return BUDGETS
+    kept = [budget for budget in BUDGETS if table.budgets[0] <= budget <= table.budgets[-1]]
+    return kept or table.budgets[::-1]
 
 
 def _graders(items: Sequence[Item], graders: str | Mapping[str, str]) -> dict[str, str]:
