@@ -109,6 +109,7 @@ def test_perplexity_by_hand():
         Contender("routers", "routers", 0.5, (ONE, TWO, ONE)),
         constant("static", "cka", 0.5, ONE, 3),
         constant("static", "block-influence", 0.5, TWO, 3),
+        constant("random", "random", 1.0, DENSE, 3),
     ]
     [task] = figures(items, outcomes, compete, tokens)["tasks"]
     found = rows(task)
@@ -122,6 +123,8 @@ def test_perplexity_by_hand():
     assert routers["versus_static"]["mcnemar"] is None and routers["normalised"] is None
     assert routers["low"] < routers["value"] < routers["high"]
     assert found["oracle", "oracle"]["value"] == pytest.approx(math.exp((40 + 8 + 9) / 16))  # TWO alone has 2 visits
+    [oracle] = [row for row in task["rows"] if (row["kind"], row["budget"]) == ("oracle", 1.0)]
+    assert oracle["value"] == pytest.approx(math.exp((20 + 8 + 2) / 16)) and oracle["visits"] == (4 + 2 + 4) / 3
     outcomes[0][TWO] = Outcome(scores=(-math.inf,))
     with pytest.raises(ValueError, match="item t0 of text"):
         figures(items, outcomes, compete, tokens)

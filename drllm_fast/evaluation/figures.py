@@ -176,7 +176,7 @@ def _oracles(
         best = []
         for options in tried:
             within = [option for option in options if option[0] <= max(limit, options[0][0])]
-            best.append(min(within, key=lambda option: (option[1], option[0])))
+            best.append(min(within, key=lambda option: option[1]))  # the first of equals is the shortest
         values = np.array([-sign * loss for _, loss in best])
         rows.append(_Row("oracle", "oracle", budget, values, None, np.array([run for run, _ in best], dtype=float)))
     return rows

@@ -22,7 +22,7 @@ p { color: var(--soft); margin: 0 0 0.6rem; max-width: 50rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
 th, td { padding: 0.25rem 0.7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
-td:only-child, .setting td { text-align: left; white-space: normal; }
+.setting td { text-align: left; white-space: normal; }
 th { font-weight: 600; } tbody tr:nth-child(even) { background: var(--stripe); }
 img { max-width: 100%; background: #fff; border-radius: 6px; padding: 0.5rem; box-sizing: border-box; }
 """
