@@ -61,6 +61,8 @@ def test_an_evaluation_ends_with_its_report(models, task, tmp_path):
     visits = {row["budget"]: row["visits"] for row in made["tasks"][0]["rows"] if row["name"] == "mine"}
     assert visits == {1.0: 4, 0.75: 3, 0.5: 2}
     assert {"1111", "1101", "1001"} <= lines(output)[0]["outcomes"].keys()
+    answers = [outcome["answer"] for line in lines(output)[5:] for outcome in line["outcomes"].values()]
+    assert answers and all(len(answer) <= 2 for answer in answers)  # two tokens, of a byte each
 
     before = contents(output)
     second = ended(evaluate(models["tiny"], [task, sums], output, *static, *PLENTY, "--max-new-tokens", 2))
