@@ -1,4 +1,7 @@
-"""The command `drllm-fast`: demo, generate, search, eval, info. A user's errors are one line on stderr and status 2."""
+"""The command `drllm-fast`: demo, generate, search, train, eval, info.
+
+A user's errors are one line on stderr and exit status 2.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from drllm_fast.cli_eval import evaluate
 from drllm_fast.cli_models import SMOLLM2, Dtype, check_model, find_device, load_model
 from drllm_fast.cli_policies import POLICY_HELP, Criterion, apply_policy, parse_policy
 from drllm_fast.cli_search import search
+from drllm_fast.cli_train import train
 
 if TYPE_CHECKING:
     import torch
@@ -193,6 +197,7 @@ def generate(
 
 
 app.command()(clean_errors(search))
+app.command()(clean_errors(train))
 app.command("eval")(clean_errors(evaluate))
 
 

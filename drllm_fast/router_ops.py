@@ -112,10 +112,11 @@ def _router_setup(ctx, inputs, output):
 
 def _router_backward(ctx, grad, _):
     x, cu_seqlens, w1, b1, w2, b2, cost = ctx.saved_tensors
-    inputs = (x, w1, b1, w2, b2)
-    grads = router_reference.router_backward(grad, x, cu_seqlens, ctx.windows, *inputs[1:])
-    grad_x, *grad_weights = (g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
-    return grad_x, None, *grad_weights, -grad.sum(0).to(cost.dtype), None
+    weights = (w1, b1, w2, b2)
+    grad_x, *grads = router_reference.router_backward(
+        grad, x, cu_seqlens, ctx.windows, *weights, of_x=ctx.needs_input_grad[0]
+    )
+    return _to(grad_x, x), None, *map(_to, grads, weights), -grad.sum(0).to(cost.dtype), None
 
 
 def _windows_setup(ctx, inputs, output):
@@ -124,8 +125,14 @@ def _windows_setup(ctx, inputs, output):
 
 def _windows_backward(ctx, grad):
     pooled, counts, *weights = ctx.saved_tensors
-    grad_pooled, *grads = router_reference.router_gradients(grad, pooled, counts, *weights)
-    return grad_pooled.to(pooled.dtype), None, *(g.to(t.dtype) for g, t in zip(grads, weights, strict=True))
+    grad_pooled, *grads = router_reference.router_gradients(
+        grad, pooled, counts, *weights, of_pooled=ctx.needs_input_grad[0]
+    )
+    return _to(grad_pooled, pooled), None, *map(_to, grads, weights)
+
+
+def _to(grad, tensor):
+    return None if grad is None else grad.to(tensor.dtype)
 
 
 register_autograd("drllm_fast::router", _router_backward, setup_context=_router_setup)

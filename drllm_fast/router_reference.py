@@ -167,8 +167,21 @@ def router_windows(pooled: Tensor, counts: Tensor, w1: Tensor, b1: Tensor, w2: T
     return logits.masked_fill((counts == 0).unsqueeze(1), 0)
 
 
-def router_gradients(grad: Tensor, pooled: Tensor, counts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor):
-    """What `router_windows` passes back for grad [L, B, 3]: the gradients of pooled, w1, b1, w2 and b2, in fp32."""
+def router_gradients(
+    grad: Tensor,
+    pooled: Tensor,
+    counts: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    of_pooled: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """What `router_windows` passes back for grad [L, B, 3]: the gradients of pooled, w1, b1, w2 and b2, in fp32.
+
+    of_pooled: else the first, a third of the work, is None.
+    """
     layers, rows, windows, width = pooled.shape
     grad = grad.float().masked_fill((counts == 0).unsqueeze(1), 0)
     flat = pooled.float().flatten(1, 2)  # [L, B * windows, d]
@@ -180,7 +193,7 @@ def router_gradients(grad: Tensor, pooled: Tensor, counts: Tensor, w1: Tensor, b
     grad_inner = grad_mean.repeat_interleave(windows, dim=1) * shares
     grad_inner = torch.ops.aten.gelu_backward(grad_inner, inner, approximate="tanh")
     return (
-        (grad_inner @ w1.float()).view_as(pooled),
+        (grad_inner @ w1.float()).view_as(pooled) if of_pooled else None,
         grad_inner.transpose(1, 2) @ flat,
         grad_inner.sum(1),
         grad.transpose(1, 2) @ mean,
@@ -202,13 +215,20 @@ def token_windows(cu_seqlens: Tensor, tokens: int, windows: int) -> tuple[Tensor
     return slot, 1 / size, counts
 
 
-def router_backward(grad: Tensor, x: Tensor, cu_seqlens: Tensor, windows: int, *weights: Tensor) -> tuple[Tensor, ...]:
-    """What `router` passes back for grad [B, 3]: the gradients of x, w1, b1, w2 and b2, in fp32."""
+def router_backward(
+    grad: Tensor, x: Tensor, cu_seqlens: Tensor, windows: int, *weights: Tensor, of_x: bool = True
+) -> tuple[Tensor | None, ...]:
+    """What `router` passes back for grad [B, 3]: the gradients of x, w1, b1, w2 and b2, in fp32.
+
+    of_x: else the first is None.
+    """
     slot, share, counts = token_windows(cu_seqlens, x.shape[0], windows)
     share = share.unsqueeze(1)
     slots = counts.shape[0] * windows
     pooled = x.new_zeros(slots + 1, x.shape[1], dtype=torch.float32).index_add(0, slot, x.float() * share)
     pooled = pooled[:slots].view(1, counts.shape[0], windows, x.shape[1])
-    grads = router_gradients(grad.unsqueeze(0), pooled, counts, *(w.unsqueeze(0) for w in weights))
-    grad_pooled, *rest = (g.squeeze(0) for g in grads)
-    return F.pad(grad_pooled.flatten(0, 1), (0, 0, 0, 1))[slot] * share, *rest
+    grad_pooled, *grads = router_gradients(
+        grad.unsqueeze(0), pooled, counts, *(w.unsqueeze(0) for w in weights), of_pooled=of_x
+    )
+    grad_x = None if grad_pooled is None else F.pad(grad_pooled[0].flatten(0, 1), (0, 0, 0, 1))[slot] * share
+    return grad_x, *(g.squeeze(0) for g in grads)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from drllm_fast import ops, router_reference
 
@@ -289,6 +290,28 @@ def test_all_layers_on_stored_windows():
 def test_gradients_of_the_stored_windows():
     arguments = [t.double() if t.is_floating_point() else t for t in pooled_case(2, 3, 8, 3, 4)]
     gradcheck(torch.ops.drllm_fast.router_windows.default, differentiable(arguments))
+
+
+def test_the_input_gets_no_gradient_that_nobody_asked_for():
+    pooled, counts, *weights = pooled_case()
+    x, cu_seqlens, *single = case([5, 0, 190], 33, 20)
+    for run, given, rest in (
+        (lambda x, *w: ops.router_windows(x, counts, *w), pooled, weights),
+        (lambda x, *w: torch.ops.drllm_fast.router(x, cu_seqlens, *w, 8)[0], x, single),
+    ):
+        grads, work = [], []
+        for asked in (True, False):
+            given = given.detach().requires_grad_(asked)
+            inputs = [w.detach().requires_grad_() for w in rest]
+            loss = run(given, *inputs).square().sum()
+            with FlopCounterMode(display=False) as counter:
+                loss.backward()
+            grads.append([w.grad for w in inputs])
+            work.append(counter.get_total_flops())
+            assert (given.grad is not None) == asked
+        for with_input, without in zip(*grads, strict=True):
+            assert torch.equal(with_input, without)
+        assert work[1] < 0.75 * work[0]
 
 
 def test_no_layers_on_stored_windows():

@@ -30,6 +30,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return _encode(tokenizer, text) or [prefix_token(tokenizer)]
 
 
+def encode_context(tokenizer: PreTrainedTokenizerBase, text: str, *, choices: bool) -> list[int]:
+    """The tokens of a prompt without its answer, just those that `encode_pair` gives the context if there are choices,
+    and those of `encode_prompt` if the answer is free."""
+    if not choices:
+        return encode_prompt(tokenizer, text)
+    text = text.rstrip()
+    return _encode(tokenizer, text) if text else [prefix_token(tokenizer)]
+
+
 def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """The tokens of a context and of a continuation to score after it, neither of them empty.
 
@@ -39,11 +48,11 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
     """
     text = context.rstrip()
     continuation = context[len(text) :] + continuation
+    before = encode_context(tokenizer, context, choices=True)
     if text:
-        before = _encode(tokenizer, text)
         after = _encode(tokenizer, text + continuation)[len(before) :]
     else:
-        before, after = [prefix_token(tokenizer)], tokenizer.encode(continuation, add_special_tokens=False)
+        after = tokenizer.encode(continuation, add_special_tokens=False)
         if after[:1] == before:
             after = after[1:]
     if not after:

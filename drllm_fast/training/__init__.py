@@ -2,6 +2,7 @@
 
 examples     prompts with their labels, from what a search stored
 windows      what the routers see: pooled windows of every block, from one pass of the frozen model
+window_file  the same on disk
 loss         the published loss and its alternatives
 fit          trains all routers of a model together on stored windows
 metrics      what a fit reports
