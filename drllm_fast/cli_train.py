@@ -197,7 +197,7 @@ def train(
     routers = LayerRouters.for_model(
         loaded, router_size=router_size, windows=windows, generator=torch.Generator().manual_seed(seed)
     ).to(where)
-    about = {"model": routers.base_model["name"], "searches": [folder.name for folder in folders]}
+    about = {"model": routers.base_model["name"], "paths": [folder.name for folder in folders]}
     run = functools.partial(
         run_training,
         loaded,
