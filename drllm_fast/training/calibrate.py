@@ -3,8 +3,8 @@
     S(penalty)   mean over the prompts of the visits that the routers choose, as a share of the dense model's L
 
 The decisions of a block change what later blocks see, so that S is measured: each time, the model reads all prompts.
-What is read off one measurement is where to look next: its logits, were they to stay as they are, say which penalty
-would give which share. S is a step function, and need not fall everywhere; budgets are therefore met one after the
+What is read off the logits of a measurement is where to look first: which penalty would give which share, were they to
+stay as they are. S is a step function, and need not fall everywhere; budgets are therefore met one after the
 other, from the lowest, each between a penalty that keeps more and the one of the budget before, so that the penalties
 of the table fall.
 """
@@ -115,7 +115,16 @@ def fit_guard(
 ) -> Guard:
     """A guard that knows prompts like these, lists of token ids; for `LayerRouters.guard`. The model is left as it was.
 
-    Raises ValueError as `Guard.fit` does, and for prompts without tokens.
+    prototypes, quantile, seed  as for `Guard.fit`, whose errors are raised
+    """
+    means = prompt_means(model, prompts, max_tokens=max_tokens)
+    return Guard.fit(means, prototypes=prototypes, quantile=quantile, seed=seed)
+
+
+def prompt_means(model: nn.Module, prompts: Sequence[Sequence[int]], *, max_tokens: int = 8192) -> Tensor:
+    """fp32 [N, d] on the CPU: for each prompt, a list of token ids, the mean of what enters block 0. No block is run.
+
+    Raises ValueError for prompts without tokens.
     """
     decoder = decoder_of(unwrap(model))
     device = decoder.get_input_embeddings().weight.device
@@ -126,7 +135,7 @@ def fit_guard(
         for rows, batch in batches:
             decoder(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
             means[rows] = reader.means.cpu()
-    return Guard.fit(means, prototypes=prototypes, quantile=quantile, seed=seed)
+    return means
 
 
 class _Entering:
@@ -234,18 +243,16 @@ class _Search:
         self.points.sort(key=lambda point: point.penalty)
 
 
-def _between(
-    low: _Measured, high: _Measured, place: int, attempt: int, miss: Callable[[_Measured], float]
-) -> float:
-    """Where to measure next: where the logits of the nearer end say, every third time in the middle."""
-    for end in sorted((low, high), key=miss):
-        if attempt % 3 != 2 and end.next and low.penalty < end.next[place] < high.penalty:
-            return end.next[place]
-    if math.isinf(low.penalty):
-        return high.penalty - max(1.0, abs(high.penalty))
-    if math.isinf(high.penalty):
-        return low.penalty + max(1.0, abs(low.penalty))
-    return (low.penalty + high.penalty) / 2
+def _between(low: _Measured, high: _Measured, place: int, attempt: int, miss: Callable[[_Measured], float]) -> float:
+    """Where to measure next: on the straight line between two measurements, every third time in the middle (the line
+    alone can creep); beyond the last one, where its logits say, else ever further out."""
+    if math.isfinite(low.penalty) and math.isfinite(high.penalty):
+        part = 0.5 if attempt % 3 == 2 else miss(low) / (miss(low) + miss(high))
+        return low.penalty + part * (high.penalty - low.penalty)
+    end, sign = (low, 1) if math.isfinite(low.penalty) else (high, -1)
+    if low.penalty < end.next[place] < high.penalty and attempt % 3 != 2:
+        return end.next[place]
+    return end.penalty + sign * max(1.0, abs(end.penalty))
 
 
 def _roots(logits: Tensor, margin: float, budgets: Sequence[float]) -> tuple[float, ...]:
