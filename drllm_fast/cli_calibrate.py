@@ -136,16 +136,18 @@ def check_target(routers: str, output: Path | None) -> Path:
     """The folder to write into. ValueError for one that holds something else."""
     from drllm_fast.router_files import CONFIG
 
-    if output is None:
-        if not os.path.isdir(routers):
-            raise ValueError(f"--routers {routers} is no folder that could be written to; give --output")
-        return Path(routers)
+    if output is None and not os.path.isdir(routers):
+        raise ValueError(f"--routers {routers} is no folder that could be written to; give --output")
+    output = Path(routers) if output is None else output
     if output.is_file():
         raise ValueError(f"--output {output} is a file; give a folder")
     if output.is_dir() and not (output / CONFIG).is_file() and (found := sorted(os.listdir(output))):
         raise ValueError(
             f"--output {output} is not empty and no router checkpoint: it has {', '.join(found[:5])}. Give a new folder"
         )
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise OSError(f"cannot write to {there}; make it a writable folder, or give another --output")
     return output
 
 
@@ -265,9 +267,9 @@ def save(routers: Any, folder: Path, card: str) -> None:
     with tempfile.TemporaryDirectory(prefix=PREFIX) as made:
         routers.save_pretrained(made)
         own = folder / "README.md"
-        names = (
-            [CONFIG, WEIGHTS] if routers.guard is None else [WEIGHTS, CONFIG]
-        )  # no config without its guard's tensors
+        names = [WEIGHTS, CONFIG]
+        if routers.guard is None and (folder / CONFIG).exists():
+            names.reverse()  # at no moment does the config ask for a guard that is not there
         if not own.exists() or own.read_text(encoding="utf-8").strip() == card.strip():
             names.append(own.name)
         for name in names:

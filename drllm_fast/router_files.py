@@ -121,8 +121,8 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def read_weights(file: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """fp32 tensors of the shapes that the config asks for, a guard's left out if it asks for none. OSError for a damaged
-    file, ValueError for others."""
+    """fp32 tensors of the shapes that the config asks for, without those of a guard if it asks for none. OSError for a
+    damaged file, ValueError for others."""
     try:
         weights = load_file(file)
     except (SafetensorError, OSError) as error:

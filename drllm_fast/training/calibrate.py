@@ -26,7 +26,7 @@ from drllm_fast.budget import BudgetTable
 from drllm_fast.decoder import decoder_of, unwrap
 from drllm_fast.guard import Guard, row_means
 from drllm_fast.influence import evaluating
-from drllm_fast.paths import prompt_batches, routed_by, route_paths
+from drllm_fast.paths import prompt_batches, route_paths, routed_by
 from drllm_fast.policies import PromptBatch
 from drllm_fast.routers import PURE_ROUTER, LayerRouters
 
@@ -88,7 +88,7 @@ def calibrate(
         shares = ", ".join(f"{share:.3g}" for share in sorted({point.share for point in search.points}))
         raise ValueError(
             f"none of the budgets {', '.join(f'{b:g}' for b in wanted)} can be kept to {tolerance:g} on these "
-            f"{len(prompts)} prompts: {search.guarded:.3g} of them are guarded, and the shares found are {shares}. Give "
+            f"{len(prompts)} prompts, {search.guarded:.3g} of which are guarded; the shares found are {shares}. Give "
             "other budgets, more prompts, a larger tolerance, or a guard with a larger radius"
         )
     source = {
