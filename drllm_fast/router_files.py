@@ -51,9 +51,12 @@ import drllm_fast
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{{ base_name }}")
-model.enable_dynamic_routing("path/or/id/of/this/checkpoint")
+model.enable_dynamic_routing("path/or/id/of/this/checkpoint"{{ ", budget=" ~ budget if budget else "" }})
 ```
-
+{% if budget %}
+The budget is the mean share of the base model's layers that prompts like those of the calibration run. It may be any in
+the range below, and changed at any time with `model.routing.budget = ...`; without one the routers alone decide.
+{% endif %}
 | | |
 |---|---|
 | base model | {{ base_name }}{{ " (recognised by its weights; another one is refused)" if base_model else "" }} |
@@ -118,7 +121,8 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def read_weights(file: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """fp32 tensors of the shapes that the config asks for. OSError for a damaged file, ValueError for others."""
+    """fp32 tensors of the shapes that the config asks for, without those of a guard if it asks for none. OSError for a
+    damaged file, ValueError for others."""
     try:
         weights = load_file(file)
     except (SafetensorError, OSError) as error:
@@ -134,6 +138,8 @@ def read_weights(file: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         prototypes = weights.get("prototypes")
         count = len(prototypes) if prototypes is not None and prototypes.ndim else 0
         expected |= {"prototypes": [max(count, 1), hidden_size], "centre": [hidden_size]}
+    else:  # a checkpoint is given a guard file by file, the weights first
+        weights = {name: tensor for name, tensor in weights.items() if name not in ("prototypes", "centre")}
     found = {name: list(tensor.shape) for name, tensor in weights.items()}
     if found != expected:
         raise ValueError(f"{file} holds {found}, but the config beside it asks for {expected}")
@@ -161,6 +167,7 @@ def card(settings: dict[str, Any], info: MixinInfo, **extra: Any) -> ModelCard:
     facts = settings | {
         "base_name": name,
         "budgets": _budgets(settings["calibration"]),
+        "budget": _budget(settings["calibration"]),
         "parameters": f"{layers * (width * (hidden_size + 1 + CLASSES) + CLASSES):,}",
         "paper_url": info.paper_url,
         "package_version": package_version(),
@@ -172,6 +179,14 @@ def _budgets(calibration: dict[str, Any] | None) -> str:
     if calibration is None:
         return "not calibrated"
     return f"{calibration['budgets'][0]:.3g} to {calibration['budgets'][-1]:.3g} of the layers (`budget=...`)"
+
+
+def _budget(calibration: dict[str, Any] | None) -> str | None:
+    """One that may be asked for, as an example: 0.9 if it is in the table."""
+    if calibration is None:
+        return None
+    low, *_, high = [calibration["budgets"][0], *calibration["budgets"]]
+    return f"{min(max(low, 0.9), high):g}"
 
 
 def package_version() -> str:
