@@ -1,4 +1,4 @@
-"""The command `drllm-fast`: demo, generate, search, train, calibrate, info.
+"""The command `drllm-fast`: demo, generate, search, train, calibrate, eval, info.
 
 A user's errors are one line on stderr and exit status 2.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from drllm_fast.cli_calibrate import calibrate
+from drllm_fast.cli_eval import evaluate
 from drllm_fast.cli_models import SMOLLM2, Dtype, check_model, find_device, load_model
 from drllm_fast.cli_policies import POLICY_HELP, Criterion, apply_policy, parse_policy
 from drllm_fast.cli_search import search
@@ -199,6 +200,7 @@ def generate(
 app.command()(clean_errors(search))
 app.command()(clean_errors(train))
 app.command()(clean_errors(calibrate))
+app.command("eval")(clean_errors(evaluate))
 
 
 def _read_prompts(path: Path) -> list[str]:

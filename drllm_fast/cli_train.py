@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import time
@@ -18,6 +19,7 @@ from drllm_fast.cli_models import SMOLLM2, Dtype, check_model, find_device, load
 
 WORK = "training"  # folder in the output: the windows and the state of the fit
 REPORT = "report.json"
+STATIC = "static.json"  # the order of blocks that all prompts share, to compare with: a static policy
 
 
 class Targets(str, Enum):
@@ -48,17 +50,25 @@ class TrackerKind(str, Enum):
     trackio = "trackio"
 
 
-EXAMPLES, FIT, RUN = "The examples", "The fit", "How it runs"
+EXAMPLES, PRICES, FIT, RUN = "The examples", "Learning prices", "The fit", "How it runs"
 
 
 def train(
     model: Annotated[str, typer.Option(help=f"Model folder or hub id; the bundled one: {SMOLLM2}.")],
-    paths: Annotated[
-        list[Path], typer.Option(help="Folder that drllm-fast search wrote, of the same model; may be repeated.")
-    ],
     output: Annotated[
         Path, typer.Option(help="Folder of the router checkpoint; the same command goes on where it stopped.")
     ],
+    paths: Annotated[
+        list[Path] | None,
+        typer.Option(help="Learn the paths of this folder, which drllm-fast search wrote; may be repeated."),
+    ] = None,
+    prices: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Or learn what blocks cost, from a folder of drllm-fast search --method spread --reward kl; may be "
+            "repeated."
+        ),
+    ] = None,
     targets: Annotated[
         Targets,
         typer.Option(
@@ -81,6 +91,16 @@ def train(
     limit: Annotated[
         int | None, typer.Option(min=1, help="The first so many examples of each folder.", rich_help_panel=EXAMPLES)
     ] = None,
+    skips: Annotated[
+        int, typer.Option(min=1, help="Blocks that may be left out, at most.", rich_help_panel=PRICES)
+    ] = 9,
+    repeats: Annotated[
+        int, typer.Option(min=0, help="Blocks that may be repeated, at most.", rich_help_panel=PRICES)
+    ] = 3,
+    lengths: Annotated[
+        int,
+        typer.Option(min=1, help="Paths of different lengths that each prompt is read along.", rich_help_panel=PRICES),
+    ] = 3,
     validation: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the examples that is held out.", rich_help_panel=EXAMPLES)
     ] = 0.1,
@@ -145,10 +165,12 @@ def train(
         ),
     ] = TrackerKind.auto,
 ) -> None:
-    """Train routers on the paths that searches found, and write them as a checkpoint.
+    """Train routers on the paths, or the prices, that searches found, and write them as a checkpoint.
 
     The frozen model reads every prompt once, along its path; the epochs then run on what the routers saw.
     """
+    if bool(paths) == bool(prices):
+        raise ValueError("give --paths FOLDER, or --prices FOLDER, of a search; one of the two")
     from drllm_fast.search.manifest import read
     from drllm_fast.training.fit_config import FitConfig
 
@@ -159,7 +181,8 @@ def train(
         cvar=cvar, validation=validation, seed=seed,
     )  # fmt: skip
     where = find_device(device)
-    for folder in paths:
+    folders = paths or prices
+    for folder in folders:
         read(folder)  # what can be said without the model
     check_output(output)
 
@@ -171,44 +194,71 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     loaded, tokenizer = load_model(model, dtype, where)
-    examples = load_examples(
-        paths, tokenizer=tokenizer, model=loaded, targets=targets.value, temperature=temperature, only_kept=only_kept,
-        levels=levels, limit=limit,
-    )  # fmt: skip
-    typer.echo(f"{len(examples)} examples from {', '.join(map(str, paths))}; routers go to {output}", err=True)
     routers = LayerRouters.for_model(
         loaded, router_size=router_size, windows=windows, generator=torch.Generator().manual_seed(seed)
     ).to(where)
-    run_training(
+    about = {"model": routers.base_model["name"], "paths": [folder.name for folder in folders]}
+    run = functools.partial(
+        run_training,
         loaded,
         routers,
-        examples,
-        output,
+        output=output,
         config=config,
-        about={"model": routers.base_model["name"], "paths": [folder.name for folder in paths]},
         tracker=tracker.value,
         windows_file=windows_file,
         windows_dtype=getattr(torch, windows_dtype.value),
         max_tokens=max_tokens,
     )
+    if paths:
+        examples = load_examples(
+            paths, tokenizer=tokenizer, model=loaded, targets=targets.value, temperature=temperature,
+            only_kept=only_kept, levels=levels, limit=limit,
+        )  # fmt: skip
+        typer.echo(f"{len(examples)} examples from {', '.join(map(str, paths))}; routers go to {output}", err=True)
+        run(examples, about=about | {"learnt": f"{targets.value} paths"})
+        return
+    lesson = learn_prices(
+        loaded, tokenizer, prices, output, skips=skips, repeats=repeats, lengths=lengths, limit=limit, seed=seed,
+        max_tokens=max_tokens,
+    )  # fmt: skip
+    lesson.static.save(output / STATIC)
+    run(lesson.examples, targets=lesson.places, objective=lesson.objective, about=about | lesson.about)
+
+
+def learn_prices(model: Any, tokenizer: Any, stores: list[Path], output: Path, **options: Any) -> Any:
+    """A `drllm_fast.training.price_lesson.Lesson`, with the windows of the dense paths kept in the output."""
+    from drllm_fast.training.price_lesson import price_lesson
+    from drllm_fast.training.prices import load_measurements
+
+    measured = load_measurements(stores, tokenizer=tokenizer, model=model, limit=options.pop("limit"))
+    typer.echo(
+        f"{len(measured.costs)} measured paths of {len(measured.tokens)} prompts; routers go to {output}", err=True
+    )
+    work = output / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    with _going_on(output):
+        return price_lesson(model, measured, file=work / "dense.bin", **options)
 
 
 def run_training(
     model: Any,
     routers: Any,
     examples: list[Any],
-    output: Path,
     *,
+    output: Path,
     config: Any,
     about: dict[str, Any],
     tracker: str,
     windows_file: Path | None,
     windows_dtype: Any,
     max_tokens: int,
+    targets: Any = None,
+    objective: Any = None,
 ) -> None:
     """Train `routers` on the examples; write the checkpoint and `report.json` into `output`, and print the table.
 
-    about  what the report says beside its figures, fit for JSON
+    about               what the report says beside its figures, fit for JSON
+    targets, objective  as for `fit`; by default the examples' own paths or probabilities are learnt as classes
     """
     from drllm_fast.training.examples import targets_of, training_set_hash
     from drllm_fast.training.fit import fit
@@ -230,7 +280,10 @@ def run_training(
         )
         pooling = time.perf_counter() - begun
         groups = [example.group for example in examples]
-        report = fit(routers, pooled, targets_of(examples), groups=groups, config=config, folder=work, tracker=log)
+        report = fit(
+            routers, pooled, targets_of(examples) if targets is None else targets, groups=groups, objective=objective,
+            config=config, folder=work, tracker=log,
+        )  # fmt: skip
         routers.training_set = training_set_hash(examples)
         routers.grader = ", ".join(sorted({example.grader for example in examples if example.grader})) or None
         routers.save_pretrained(output)

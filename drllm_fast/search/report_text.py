@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,16 @@ class Section:
 
 def text(figures: dict[str, Any], width: int = 100) -> str:
     """Plain text, `width` columns wide."""
+    return as_text(sections(figures), width)
+
+
+def markdown(figures: dict[str, Any]) -> str:
+    return as_markdown("Search report", sections(figures))
+
+
+def as_text(sections: Iterable[Section], width: int) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
-    for section in sections(figures):
+    for section in sections:
         console.print(Text(section.title.upper()))
         if section.note:
             console.print(Text(section.note))
@@ -41,9 +50,9 @@ def text(figures: dict[str, Any], width: int = 100) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")
 
 
-def markdown(figures: dict[str, Any]) -> str:
-    lines = ["# Search report", ""]
-    for section in sections(figures):
+def as_markdown(title: str, sections: Iterable[Section]) -> str:
+    lines = [f"# {title}", ""]
+    for section in sections:
         lines += [f"## {section.title}", ""]
         if section.note:
             lines += [section.note, ""]
