@@ -260,14 +260,18 @@ def _roots(logits: Tensor, margin: float, budgets: Sequence[float]) -> tuple[flo
 
     With a rising penalty each decision goes from repeat to execute at r = z2 - margin - z1, from execute to skip at
     s = z1 + margin - z0; if r > s, from repeat to skip at (r + s) / 2. The visits left are those steps that are above
-    the penalty: the answer is a quantile of all steps, infinite where only guarded prompts are left.
+    the penalty: the answer is a quantile of all steps. It lies between two that are apart, so that rounding decides
+    nothing; where none are, or only guarded prompts are left, it is not finite.
     """
     skip, execute, repeat = logits.double().unbind(1)
     first, second = repeat - margin - execute, execute + margin - skip
     both = torch.where(first > second, (first + second) / 2, torch.nan)
     steps = torch.cat([torch.where(both.isnan(), step, both) for step in (first, second)]).sort(descending=True).values
-    places = [min(max(round(budget * len(logits)), 1), len(steps) - 1) for budget in budgets]
-    return tuple(((steps[place - 1] + steps[place]) / 2).item() for place in places)
+    left = 1 + (steps[:-1] - steps[1:] > RESOLUTION).nonzero().flatten()  # visits between such steps
+    if not len(left):
+        return (math.nan,) * len(budgets)
+    nearest = [int(left[(left - budget * len(logits)).abs().argmin()]) for budget in budgets]
+    return tuple(((steps[place - 1] + steps[place]) / 2).item() for place in nearest)
 
 
 def _checked_budgets(budgets: Sequence[float]) -> list[float]:
