@@ -20,9 +20,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class BudgetTable:
-    """budgets    kept shares of the dense visits, rising
-    penalties  the penalty that kept each of them, falling
-    source     what they were found on, for the card: prompts, tasks, their own shares
+    """budgets    shares of the dense visits, above 0 and up to 2, rising
+    penalties  the penalty that keeps each of them, falling; below 0 where a budget is above what the routers choose
+    source     what they were found on: prompts, groups, the shares that were measured; fit for JSON
+
+    ValueError for anything else.
     """
 
     budgets: tuple[float, ...]
@@ -35,6 +37,8 @@ class BudgetTable:
             raise ValueError(f"a budget table needs as many penalties as budgets, got {self.penalties}, {self.budgets}")
         if any(isinstance(x, bool) or not isinstance(x, Real) or not np.isfinite(x) for x in numbers):
             raise ValueError(f"a budget table holds finite numbers, got {numbers}")
+        if not 0 < min(self.budgets) <= max(self.budgets) <= 2:
+            raise ValueError(f"budgets are shares of the dense visits, above 0 and up to 2, got {self.budgets}")
         rising = all(a < b for a, b in pairwise(self.budgets))
         if not rising or any(a < b for a, b in pairwise(self.penalties)):
             raise ValueError(f"budgets must rise and penalties fall, got {self.budgets} and {self.penalties}")
@@ -58,6 +62,7 @@ class BudgetTable:
     def from_dict(cls, data: Any) -> BudgetTable:
         """ValueError for what `to_dict` does not write."""
         fits = isinstance(data, dict) and data.keys() == {"budgets", "penalties", "source"}
-        if not fits or not all(isinstance(data[key], Sequence) for key in ("budgets", "penalties")):
+        kinds = {"budgets": Sequence, "penalties": Sequence, "source": dict}
+        if not fits or not all(isinstance(data[key], kind) for key, kind in kinds.items()):
             raise ValueError(f"calibration must be None or a table of budgets and penalties, got {data!r:.80}")
         return cls(tuple(data["budgets"]), tuple(data["penalties"]), dict(data["source"]))

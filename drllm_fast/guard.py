@@ -19,11 +19,20 @@ from torch import Tensor
 
 @dataclass
 class Guard:
-    """prototypes fp32 [K, d], centre fp32 [d], radius from 0 to 2."""
+    """prototypes fp32 [K, d], centre fp32 [d], radius from 0 to 2. ValueError for anything else."""
 
     prototypes: Tensor
     centre: Tensor
     radius: float
+
+    def __post_init__(self) -> None:
+        if self.prototypes.ndim != 2 or not len(self.prototypes) or self.centre.shape != self.prototypes.shape[1:]:
+            raise ValueError(
+                f"a guard needs prototypes [K, d] and a centre [d], got {list(self.prototypes.shape)} and "
+                f"{list(self.centre.shape)}"
+            )
+        if not 0 <= self.radius <= 2:  # NaN, too
+            raise ValueError(f"a guard's radius must be from 0 to 2, got {self.radius}")
 
     def distances(self, means: Tensor) -> Tensor:
         """fp32 [B] of prompts with mean embeddings [B, d]."""
@@ -39,27 +48,32 @@ class Guard:
 
     @classmethod
     def fit(cls, means: Tensor, *, prototypes: int = 32, quantile: float = 0.99, seed: int = 0) -> Guard:
-        """From the mean embeddings [N, d] of the training prompts. ValueError for none, or a quantile outside 0..1."""
+        """From the mean embeddings [N, d] of the training prompts; on the CPU. ValueError for none, for values that are
+        not finite, and for a quantile outside 0..1."""
         if means.ndim != 2 or not len(means):
             raise ValueError(f"means must be [N, d] of at least one prompt, got {list(means.shape)}")
         if not 0 < quantile <= 1 or prototypes < 1:
             raise ValueError(f"quantile must be in (0, 1] and prototypes at least 1, got {quantile} and {prototypes}")
-        centre = means.float().mean(dim=0)
-        points = F.normalize(means.float() - centre, dim=-1)
+        means = means.detach().to("cpu", torch.float32)  # where random numbers are the same everywhere
+        if not means.isfinite().all():
+            raise ValueError("means must be finite; look for NaN in the model's embeddings")
+        centre = means.mean(dim=0)
+        points = F.normalize(means - centre, dim=-1)
         guard = cls(_spherical_k_means(points, min(prototypes, len(points)), seed), centre, 2.0)
-        guard.radius = float(torch.quantile(guard.distances(means), quantile))
+        guard.radius = float(torch.quantile(guard.distances(means), quantile).clamp(0, 2))
         return guard
 
 
 def _spherical_k_means(points: Tensor, k: int, seed: int, rounds: int = 25) -> Tensor:
-    """Unit centres [k, d] of unit points [N, d] (Dhillon & Modha 2001), begun at points drawn far from one another
-    (k-means++, Arthur & Vassilvitskii 2007)."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = points[torch.randint(len(points), (1,), generator=generator)]
+    """Unit centres [k, d], fewer where the points have fewer directions, of unit points [N, d] (Dhillon & Modha 2001),
+    begun at points drawn far from one another (k-means++, Arthur & Vassilvitskii 2007)."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    centres = points[torch.randint(len(points), (1,), generator=generator, device="cpu")]
     while len(centres) < k:
         far = (1 - (points @ centres.T).amax(dim=1)).clamp(min=0)
-        pick = torch.multinomial(far, 1, generator=generator) if far.sum() > 0 else torch.zeros(1, dtype=torch.int64)
-        centres = torch.cat([centres, points[pick]])
+        if far.sum() == 0:  # fewer directions than k
+            break
+        centres = torch.cat([centres, points[torch.multinomial(far, 1, generator=generator)]])
     for _ in range(rounds):
         nearest = (points @ centres.T).argmax(dim=1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
@@ -71,5 +85,5 @@ def row_means(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
     """fp32 [B, d]: means over the tokens of each row of packed hidden states [P, d]; zeros of a row without tokens."""
     lengths = cu_seqlens.diff().to(torch.int64)
     rows = torch.arange(len(lengths), device=hidden.device).repeat_interleave(lengths, output_size=len(hidden))
-    sums = torch.zeros(len(lengths), hidden.shape[1], device=hidden.device).index_add_(0, rows, hidden.float())
+    sums = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32).index_add_(0, rows, hidden.float())
     return sums / lengths.clamp(min=1).unsqueeze(1)

@@ -51,9 +51,12 @@ import drllm_fast
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{{ base_name }}")
-model.enable_dynamic_routing("path/or/id/of/this/checkpoint")
+model.enable_dynamic_routing("path/or/id/of/this/checkpoint"{{ ", budget=" ~ budget if budget else "" }})
 ```
-
+{% if budget %}
+The budget is the mean share of the base model's layers that prompts like those of the calibration run. It may be any in
+the range below, and changed at any time with `model.routing.budget = ...`; without one the routers alone decide.
+{% endif %}
 | | |
 |---|---|
 | base model | {{ base_name }}{{ " (recognised by its weights; another one is refused)" if base_model else "" }} |
@@ -161,6 +164,7 @@ def card(settings: dict[str, Any], info: MixinInfo, **extra: Any) -> ModelCard:
     facts = settings | {
         "base_name": name,
         "budgets": _budgets(settings["calibration"]),
+        "budget": _budget(settings["calibration"]),
         "parameters": f"{layers * (width * (hidden_size + 1 + CLASSES) + CLASSES):,}",
         "paper_url": info.paper_url,
         "package_version": package_version(),
@@ -172,6 +176,14 @@ def _budgets(calibration: dict[str, Any] | None) -> str:
     if calibration is None:
         return "not calibrated"
     return f"{calibration['budgets'][0]:.3g} to {calibration['budgets'][-1]:.3g} of the layers (`budget=...`)"
+
+
+def _budget(calibration: dict[str, Any] | None) -> str | None:
+    """One that may be asked for, as an example: 0.9 if it is in the table."""
+    if calibration is None:
+        return None
+    low, *_, high = [calibration["budgets"][0], *calibration["budgets"]]
+    return f"{min(max(low, 0.9), high):g}"
 
 
 def package_version() -> str:

@@ -99,7 +99,8 @@ class LayerRouters(
     _knob: float
     _margin: float
     _budget: float | None
-    _penalty: float
+    _penalty: float  # set by hand
+    _of_budget: float | None  # the penalty that the budget asks for
     _calibration: BudgetTable | None
     _cost: tuple[tuple[float, float, float], torch.device, Tensor] | None  # the last costs, as a tensor
 
@@ -134,7 +135,7 @@ class LayerRouters(
             raise ValueError(f"base_model must be None or a dict with name and fingerprint, got {base_model!r:.80}")
         self.num_layers, self.hidden_size = num_layers, hidden_size
         self.router_size, self.windows = router_size, windows
-        self._budget, self._penalty, self._cost = None, 0.0, None
+        self._budget, self._of_budget, self._penalty, self._cost = None, None, 0.0, None
         self.knob = knob
         self.margin = margin
         self.base_model = base_model
@@ -208,10 +209,9 @@ class LayerRouters(
     @calibration.setter
     def calibration(self, table: BudgetTable | dict[str, Any] | None) -> None:
         table = table if table is None or isinstance(table, BudgetTable) else BudgetTable.from_dict(table)
-        penalty = 0.0 if self._budget is None or table is None else table.penalty(self._budget)
-        self._calibration, self.penalty = table, penalty
-        if table is None:
-            self._budget = None
+        budget = None if table is None else self._budget
+        of_budget = None if budget is None else table.penalty(budget)
+        self._calibration, self._budget, self._of_budget = table, budget, of_budget
 
     @property
     def budget(self) -> float | None:
@@ -224,7 +224,7 @@ class LayerRouters(
     @budget.setter
     def budget(self, value: float | None) -> None:
         if value is None:
-            self._budget, self.penalty = None, 0.0
+            self._budget, self._of_budget = None, None
             return
         if self.knob != PURE_ROUTER:
             raise ValueError(f"budget {value} and knob {self.knob} exclude each other; set knob = -0.5 first")
@@ -233,16 +233,24 @@ class LayerRouters(
                 "these routers have no table of budgets; make one with drllm-fast calibrate, or "
                 "drllm_fast.training.calibrate"
             )
-        penalty = self.calibration.penalty(value)
-        self._budget, self.penalty = float(value), penalty
+        of_budget = self.calibration.penalty(value)
+        self._budget, self._of_budget = float(value), of_budget
 
     @property
     def penalty(self) -> float:
-        """What each visit costs, in logits; a budget sets it."""
-        return self._penalty
+        """What each visit costs, in logits: what the budget asks for, without a budget what was set here (0 at first;
+        below 0 where visits are to be more than the routers choose). TypeError or ValueError when set to what is no
+        finite number, and beside a budget."""
+        return self._penalty if self._of_budget is None else self._of_budget
 
     @penalty.setter
     def penalty(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"penalty must be a number, the cost of a visit in logits, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"penalty must be a finite number, the cost of a visit in logits, got {value}")
+        if self._budget is not None:
+            raise ValueError(f"penalty {value} and budget {self._budget} exclude each other; set budget = None first")
         self._penalty = float(value)
 
     @property
@@ -262,7 +270,8 @@ class LayerRouters(
     @property
     def costs(self) -> tuple[float, float, float]:
         """What is subtracted from the logits of skip, execute and repeat before the largest one is taken."""
-        return self.margin, self.penalty, self.margin + 2 * self.penalty
+        margin, penalty = self.margin, self.penalty
+        return margin, penalty, margin + 2 * penalty
 
     # -- the policy ---------------------------------------------------------------------------------------------------
     def bind(self, model: nn.Module) -> None:
@@ -319,9 +328,10 @@ class LayerRouters(
         return torch.ops.drllm_fast.router(hidden, cu_seqlens, w1, b1, w2, b2, cost, self.windows)
 
     def _on_device(self, costs: tuple[float, float, float], device: torch.device) -> Tensor:
-        if self._cost is None or self._cost[:2] != (costs, device):
-            self._cost = costs, device, torch.tensor(costs, dtype=torch.float32, device=device)
-        return self._cost[2]
+        known = self._cost  # another thread may replace it
+        if known is None or known[:2] != (costs, device):
+            known = self._cost = costs, device, torch.tensor(costs, dtype=torch.float32, device=device)
+        return known[2]
 
     @torch.inference_mode()
     def route(self, layer: int, prompts: PromptBatch) -> Tensor:
@@ -337,13 +347,18 @@ class LayerRouters(
         if self.guard is not None:
             if layer == 0:
                 prompts.memory["guarded"] = self._guarded(prompts)
+            elif "guarded" not in prompts.memory:
+                raise ValueError(
+                    f"layer {layer} was asked before layer 0, and the guard reads what enters layer 0; ask layer 0 of "
+                    "these prompts first and keep their memory, or set routers.guard = None"
+                )
             decisions = decisions.masked_fill(prompts.memory["guarded"], EXECUTE)
         return decisions
 
     def _guarded(self, prompts: PromptBatch) -> Tensor:
         """bool [B] on the CPU."""
-        self.guard = self.guard.to(prompts.hidden.device)
-        return self.guard.unlike(row_means(prompts.hidden, prompts.cu_seqlens)).cpu()
+        guard = self.guard = self.guard.to(prompts.hidden.device)
+        return guard.unlike(row_means(prompts.hidden, prompts.cu_seqlens)).cpu()
 
     def extra_repr(self) -> str:
         base = "any" if self.base_model is None else repr(self.base_model["name"])
