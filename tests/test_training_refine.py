@@ -133,7 +133,7 @@ def test_a_step_goes_along_the_budget(monkeypatch):
     all 27 paths written out."""
     model = tiny("llama", num_hidden_layers=3)
     routers, item = routers_of(model, scale=1.3), ITEMS[4]
-    table = torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(5)).double()
+    table = torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(6)).double()
     worth(monkeypatch, lambda paths: table[tuple(paths.long().unbind(-1))] + 10 * paths.sum(-1))
     gradients = []
 
@@ -156,7 +156,7 @@ def test_a_step_goes_along_the_budget(monkeypatch):
     along = torch.cat([(v - price * s).flatten() for v, s in zip(of_value[1:], of_share[1:], strict=True)])
     plain = torch.cat([v.flatten() for v in of_value[1:]])
     assert figures["price"].item() == pytest.approx(price, rel=0.1) and price > 25
-    assert torch.cosine_similarity(-gradients[0], along, dim=0) > 0.9
+    assert torch.cosine_similarity(-gradients[0], along, dim=0) > 0.99
     assert torch.cosine_similarity(-gradients[0], plain, dim=0) < 0.5
     assert figures["share"].item() == pytest.approx(share.item(), abs=0.03)
     assert state.penalties.item() == pytest.approx(0.3 + figures["share"].item() - 0.8)
