@@ -1,4 +1,4 @@
-"""The command `drllm-fast`: demo, generate, search, train, eval, info.
+"""The command `drllm-fast`: demo, generate, search, train, refine, calibrate, eval, info.
 
 A user's errors are one line on stderr and exit status 2.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from drllm_fast.cli_calibrate import calibrate
 from drllm_fast.cli_eval import evaluate
 from drllm_fast.cli_models import SMOLLM2, Dtype, check_model, find_device, load_model
 from drllm_fast.cli_policies import POLICY_HELP, Criterion, apply_policy, parse_policy
@@ -198,6 +199,7 @@ def generate(
 
 app.command()(clean_errors(search))
 app.command()(clean_errors(train))
+app.command()(clean_errors(calibrate))
 app.command("eval")(clean_errors(evaluate))
 
 

@@ -70,7 +70,8 @@ def _spherical_k_means(points: Tensor, k: int, seed: int, rounds: int = 25) -> T
     generator = torch.Generator(device="cpu").manual_seed(seed)
     centres = points[torch.randint(len(points), (1,), generator=generator, device="cpu")]
     while len(centres) < k:
-        far = (1 - (points @ centres.T).amax(dim=1)).clamp(min=0)
+        far = 1 - (points @ centres.T).amax(dim=1)
+        far = far.masked_fill(far < 1e-6, 0)  # a centre itself, but for rounding
         if far.sum() == 0:  # fewer directions than k
             break
         centres = torch.cat([centres, points[torch.multinomial(far, 1, generator=generator)]])

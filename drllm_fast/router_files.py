@@ -121,7 +121,8 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def read_weights(file: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """fp32 tensors of the shapes that the config asks for. OSError for a damaged file, ValueError for others."""
+    """fp32 tensors of the shapes that the config asks for, without those of a guard if it asks for none. OSError for a
+    damaged file, ValueError for others."""
     try:
         weights = load_file(file)
     except (SafetensorError, OSError) as error:
@@ -137,6 +138,8 @@ def read_weights(file: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         prototypes = weights.get("prototypes")
         count = len(prototypes) if prototypes is not None and prototypes.ndim else 0
         expected |= {"prototypes": [max(count, 1), hidden_size], "centre": [hidden_size]}
+    else:  # a checkpoint is given a guard file by file, the weights first
+        weights = {name: tensor for name, tensor in weights.items() if name not in ("prototypes", "centre")}
     found = {name: list(tensor.shape) for name, tensor in weights.items()}
     if found != expected:
         raise ValueError(f"{file} holds {found}, but the config beside it asks for {expected}")

@@ -3,8 +3,8 @@
     S(penalty)   mean over the prompts of the visits that the routers choose, as a share of the dense model's L
 
 The decisions of a block change what later blocks see, so that S is measured: each time, the model reads all prompts.
-What is read off one measurement is where to look next: its logits, were they to stay as they are, say which penalty
-would give which share. S is a step function, and need not fall everywhere; budgets are therefore met one after the
+What is read off the logits of a measurement is where to look first: which penalty would give which share, were they to
+stay as they are. S is a step function, and need not fall everywhere; budgets are therefore met one after the
 other, from the lowest, each between a penalty that keeps more and the one of the budget before, so that the penalties
 of the table fall.
 """
@@ -26,7 +26,7 @@ from drllm_fast.budget import BudgetTable
 from drllm_fast.decoder import decoder_of, unwrap
 from drllm_fast.guard import Guard, row_means
 from drllm_fast.influence import evaluating
-from drllm_fast.paths import prompt_batches, routed_by, route_paths
+from drllm_fast.paths import prompt_batches, route_paths, routed_by
 from drllm_fast.policies import PromptBatch
 from drllm_fast.routers import PURE_ROUTER, LayerRouters
 
@@ -88,7 +88,7 @@ def calibrate(
         shares = ", ".join(f"{share:.3g}" for share in sorted({point.share for point in search.points}))
         raise ValueError(
             f"none of the budgets {', '.join(f'{b:g}' for b in wanted)} can be kept to {tolerance:g} on these "
-            f"{len(prompts)} prompts: {search.guarded:.3g} of them are guarded, and the shares found are {shares}. Give "
+            f"{len(prompts)} prompts, {search.guarded:.3g} of which are guarded; the shares found are {shares}. Give "
             "other budgets, more prompts, a larger tolerance, or a guard with a larger radius"
         )
     source = {
@@ -115,7 +115,16 @@ def fit_guard(
 ) -> Guard:
     """A guard that knows prompts like these, lists of token ids; for `LayerRouters.guard`. The model is left as it was.
 
-    Raises ValueError as `Guard.fit` does, and for prompts without tokens.
+    prototypes, quantile, seed  as for `Guard.fit`, whose errors are raised
+    """
+    means = prompt_means(model, prompts, max_tokens=max_tokens)
+    return Guard.fit(means, prototypes=prototypes, quantile=quantile, seed=seed)
+
+
+def prompt_means(model: nn.Module, prompts: Sequence[Sequence[int]], *, max_tokens: int = 8192) -> Tensor:
+    """fp32 [N, d] on the CPU: for each prompt, a list of token ids, the mean of what enters block 0. No block is run.
+
+    Raises ValueError for prompts without tokens.
     """
     decoder = decoder_of(unwrap(model))
     device = decoder.get_input_embeddings().weight.device
@@ -126,7 +135,7 @@ def fit_guard(
         for rows, batch in batches:
             decoder(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
             means[rows] = reader.means.cpu()
-    return Guard.fit(means, prototypes=prototypes, quantile=quantile, seed=seed)
+    return means
 
 
 class _Entering:
@@ -234,18 +243,16 @@ class _Search:
         self.points.sort(key=lambda point: point.penalty)
 
 
-def _between(
-    low: _Measured, high: _Measured, place: int, attempt: int, miss: Callable[[_Measured], float]
-) -> float:
-    """Where to measure next: where the logits of the nearer end say, every third time in the middle."""
-    for end in sorted((low, high), key=miss):
-        if attempt % 3 != 2 and end.next and low.penalty < end.next[place] < high.penalty:
-            return end.next[place]
-    if math.isinf(low.penalty):
-        return high.penalty - max(1.0, abs(high.penalty))
-    if math.isinf(high.penalty):
-        return low.penalty + max(1.0, abs(low.penalty))
-    return (low.penalty + high.penalty) / 2
+def _between(low: _Measured, high: _Measured, place: int, attempt: int, miss: Callable[[_Measured], float]) -> float:
+    """Where to measure next: on the straight line between two measurements, every third time in the middle (the line
+    alone can creep); beyond the last one, where its logits say, else ever further out."""
+    if math.isfinite(low.penalty) and math.isfinite(high.penalty):
+        part = 0.5 if attempt % 3 == 2 else miss(low) / (miss(low) + miss(high))
+        return low.penalty + part * (high.penalty - low.penalty)
+    end, sign = (low, 1) if math.isfinite(low.penalty) else (high, -1)
+    if low.penalty < end.next[place] < high.penalty and attempt % 3 != 2:
+        return end.next[place]
+    return end.penalty + sign * max(1.0, abs(end.penalty))
 
 
 def _roots(logits: Tensor, margin: float, budgets: Sequence[float]) -> tuple[float, ...]:
@@ -253,14 +260,18 @@ def _roots(logits: Tensor, margin: float, budgets: Sequence[float]) -> tuple[flo
 
     With a rising penalty each decision goes from repeat to execute at r = z2 - margin - z1, from execute to skip at
     s = z1 + margin - z0; if r > s, from repeat to skip at (r + s) / 2. The visits left are those steps that are above
-    the penalty: the answer is a quantile of all steps, infinite where only guarded prompts are left.
+    the penalty: the answer is a quantile of all steps. It lies between two that are apart, so that rounding decides
+    nothing; where none are, or only guarded prompts are left, it is not finite.
     """
     skip, execute, repeat = logits.double().unbind(1)
     first, second = repeat - margin - execute, execute + margin - skip
     both = torch.where(first > second, (first + second) / 2, torch.nan)
     steps = torch.cat([torch.where(both.isnan(), step, both) for step in (first, second)]).sort(descending=True).values
-    places = [min(max(round(budget * len(logits)), 1), len(steps) - 1) for budget in budgets]
-    return tuple(((steps[place - 1] + steps[place]) / 2).item() for place in places)
+    left = 1 + (steps[:-1] - steps[1:] > RESOLUTION).nonzero().flatten()  # visits between such steps
+    if not len(left):
+        return (math.nan,) * len(budgets)
+    nearest = [int(left[(left - budget * len(logits)).abs().argmin()]) for budget in budgets]
+    return tuple(((steps[place - 1] + steps[place]) / 2).item() for place in nearest)
 
 
 def _checked_budgets(budgets: Sequence[float]) -> list[float]:
