@@ -19,6 +19,7 @@ from drllm_fast.cli_models import SMOLLM2, Dtype, check_model, find_device, load
 
 WORK = "training"  # folder in the output: the windows and the state of the fit
 REPORT = "report.json"
+STATIC = "static.json"  # the order of blocks that all prompts share, to compare with: a static policy
 
 
 class Targets(str, Enum):
@@ -196,7 +197,7 @@ def train(
     routers = LayerRouters.for_model(
         loaded, router_size=router_size, windows=windows, generator=torch.Generator().manual_seed(seed)
     ).to(where)
-    about = {"model": routers.base_model["name"], "searches": [folder.name for folder in folders]}
+    about = {"model": routers.base_model["name"], "paths": [folder.name for folder in folders]}
     run = functools.partial(
         run_training,
         loaded,
@@ -220,6 +221,7 @@ def train(
         loaded, tokenizer, prices, output, skips=skips, repeats=repeats, lengths=lengths, limit=limit, seed=seed,
         max_tokens=max_tokens,
     )  # fmt: skip
+    lesson.static.save(output / STATIC)
     run(lesson.examples, targets=lesson.places, objective=lesson.objective, about=about | lesson.about)
 
 

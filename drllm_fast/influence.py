@@ -67,7 +67,7 @@ class StaticPolicy:
     order       block numbers in the order of their removal, least influence first; it may be shorter than L
     num_layers  L
     budget      see the property
-    criterion   what `order` was ranked by; a key of CRITERIA
+    criterion   what `order` was ranked by: a key of CRITERIA, or 'prices' (`drllm_fast.training.price_lesson`)
 
     Raises TypeError or ValueError.
     """
@@ -75,8 +75,8 @@ class StaticPolicy:
     def __init__(
         self, order: Sequence[int], *, num_layers: int, budget: float, criterion: str = "block-influence"
     ) -> None:
-        if criterion not in CRITERIA:
-            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+        if criterion not in (*CRITERIA, "prices"):
+            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, prices, got {criterion!r}")
         for value in (num_layers, *order):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"num_layers and the blocks of order must be integers, got {value!r}")

@@ -17,6 +17,7 @@ Routers learn places as thresholds. With m = logit_execute - logit_skip and T th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,9 +47,9 @@ class Orders:
             out[..., column].scatter_(1, sequence, ranks)
         return out
 
-    def paths(self, steps: Tensor) -> Tensor:
-        """int8 [N, L]: of prompt n the path after steps[n] blocks left out, or -steps[n] repeated."""
-        places = self.places()
+    def paths(self, rows: Tensor, steps: Tensor) -> Tensor:
+        """int8 [M, L]: of prompt rows[m] the path after steps[m] blocks left out, or -steps[m] repeated."""
+        places = self.places()[rows]
         path = torch.full(places.shape[:2], EXECUTE, dtype=torch.int8)
         path[places[..., 0] <= steps.unsqueeze(1)] = SKIP
         path[places[..., 1] <= -steps.unsqueeze(1)] = REPEAT
@@ -74,7 +75,29 @@ def find_orders(
     return Orders(len(skippable), torch.cat(found[0]), torch.cat(found[1]))
 
 
-def _sequences(cost: CostModel, z: Tensor, allowed: Tensor, to: int, length: int, beam: int) -> Tensor:
+def shared_order(cost: CostModel, z: Tensor, *, skippable: Tensor, skips: int) -> Tensor:
+    """int64 [skips]: the one sequence of blocks to leave out that costs least on the mean of the prompts z [N, f]."""
+
+    def mean(_: Tensor, paths: Tensor) -> Tensor:
+        each = cost(z.repeat(len(paths), 1), paths.repeat_interleave(len(z), 0))
+        return each.view(len(paths), len(z)).mean(1)
+
+    return _sequences(mean, z[:1], skippable, SKIP, skips, beam=4)[0]
+
+
+def balanced(groups: Sequence[str], each: int, seed: int = 0) -> Tensor:
+    """Numbers of prompts, at most `each` of every group, drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for group in sorted(set(groups)):
+        members = torch.tensor([number for number, name in enumerate(groups) if name == group])
+        drawn.append(members[torch.randperm(len(members), generator=generator)[:each]])
+    return torch.cat(drawn)
+
+
+def _sequences(
+    cost: Callable[[Tensor, Tensor], Tensor], z: Tensor, allowed: Tensor, to: int, length: int, beam: int
+) -> Tensor:
     prompts, layers = len(z), len(allowed)
     paths = torch.full((prompts, 1, layers), EXECUTE, dtype=torch.int8)
     sequences = torch.empty(prompts, 1, 0, dtype=torch.int64)
@@ -118,13 +141,27 @@ def supported(paths: Tensor, to: int, share: float = 0.005) -> Tensor:
     return (paths == to).float().mean(0) >= share
 
 
-def spread_steps(count: int, skips: int, repeats: int, each: int, seed: int = 0) -> Tensor:
-    """int64 [count, each]: for each prompt different lengths of path to be taught at, drawn from -repeats..skips; the
-    routers must know what they see on short paths and on long ones."""
+def spread_steps(
+    groups: Sequence[str], *, skips: int, repeats: int, each: int, least: int, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Prompts, by number, and lengths of path from -repeats to skips to be taught at, int64 [M] both: `each` different
+    lengths of every prompt, more where its group would else have fewer than `least`. Routers must know what they see
+    on short paths and on long ones."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.arange(-repeats, skips + 1)
-    weights = torch.where(lengths < 0, 0.2, 1.0).expand(count, -1)
-    return lengths[torch.multinomial(weights, each, generator=generator)]
+    weights = torch.where(lengths < 0, 0.2, 1.0)  # few ask for more than the dense model
+    rows, steps = [], []
+    for group in sorted(set(groups)):
+        members = torch.tensor([number for number, name in enumerate(groups) if name == group])
+        passes = max(each, -(-least // len(members)))
+        drawn = [
+            torch.multinomial(weights.expand(len(members), -1), min(len(lengths), passes), generator=generator)
+            for _ in range(-(-passes // len(lengths)))
+        ]
+        some = torch.cat(drawn, dim=1)[:, :passes]  # [members, passes]
+        rows.append(members.repeat_interleave(passes))
+        steps.append(lengths[some.flatten()])
+    return torch.cat(rows), torch.cat(steps)
 
 
 class PlaceObjective:

@@ -10,23 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drllm_fast.influence import StaticPolicy
 from drllm_fast.router_reference import EXECUTE, REPEAT, SKIP
 from drllm_fast.training.examples import Example
-from drllm_fast.training.orders import PlaceObjective, find_orders, spread_steps, supported
+from drllm_fast.training.orders import PlaceObjective, balanced, find_orders, shared_order, spread_steps, supported
 from drllm_fast.training.prices import CostModel, Measurements, features
 from drllm_fast.training.windows import pool_examples
+
+STATIC_PROMPTS = 60  # of each group, for the order that all share
 
 
 @dataclass
 class Lesson:
     """examples   of each prompt as many as it has lengths, with the path to read it along
     places     fp32 [N, L, 2], the targets of `objective`
+    static     the one order of blocks that is best for all prompts on the average, every group counting alike
     about      for the report: how well costs were foretold, and the blocks that each group leaves out first
     """
 
     examples: list[Example]
     places: Tensor
     objective: PlaceObjective
+    static: StaticPolicy
     about: dict[str, Any]
 
 
@@ -37,6 +42,7 @@ def price_lesson(
     skips: int = 9,
     repeats: int = 3,
     lengths: int = 3,
+    least: int = 500,
     seed: int = 0,
     max_tokens: int = 8192,
     file: Path | None = None,
@@ -46,6 +52,7 @@ def price_lesson(
 
     skips, repeats  the longest sequences of blocks to leave out, and to repeat
     lengths         paths of different lengths for each prompt
+    least           examples of each group; one with fewer prompts is read along more lengths, and again if need be
     file            for the windows of the dense paths, see `pool_examples`
 
     Raises ValueError where measured paths have not left out, or repeated, enough blocks.
@@ -76,13 +83,15 @@ def price_lesson(
         progress=progress,
     )
     places = orders.places()
-    steps = spread_steps(prompts, skips, repeats, lengths, seed)
+    everyone = balanced(measured.groups, STATIC_PROMPTS, seed)
+    shared = shared_order(cost, z[everyone], skippable=supported(measured.paths, SKIP), skips=skips)
+    static = StaticPolicy(shared.tolist(), num_layers=layers, budget=1.0, criterion="prices")
+    rows, steps = spread_steps(measured.groups, skips=skips, repeats=repeats, each=lengths, least=least, seed=seed)
     examples = []
-    for column in steps.T:
-        for number, path in enumerate(orders.paths(column).tolist()):
-            group, _, level = measured.groups[number].partition("/")
-            name = f"{number}/{int(column[number])}"
-            examples.append(Example(name, group, int(level) if level else None, measured.tokens[number], tuple(path)))
+    for number, step, path in zip(rows.tolist(), steps.tolist(), orders.paths(rows, steps).tolist(), strict=True):
+        task, _, level = measured.groups[number].partition("/")
+        tokens = measured.tokens[number]
+        examples.append(Example(f"{number}/{step}", task, int(level) if level else None, tokens, tuple(path)))
     firsts = {
         group: places[[i for i, name in enumerate(measured.groups) if name == group]][..., 0].mean(0)
         for group in sorted(set(measured.groups))
@@ -93,4 +102,4 @@ def price_lesson(
         "cost_model_r2": quality,
         "left_out_first": {group: mean.argsort()[:skips].tolist() for group, mean in firsts.items()},
     }
-    return Lesson(examples, places.repeat(lengths, 1, 1), PlaceObjective(skips, repeats), about)
+    return Lesson(examples, places[rows], PlaceObjective(skips, repeats), static, about)

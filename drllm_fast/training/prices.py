@@ -69,7 +69,9 @@ def load_measurements(
     from drllm_fast.search.store import read_store
 
     layers = len(decoder_of(model).layers)
-    tokens, groups, owner, paths, costs = [], [], [], [], []
+    groups: dict[tuple[int, ...], str] = {}  # by the tokens of a prompt, which several searches may share
+    numbers: dict[tuple[int, ...], int] = {}
+    owner, paths, costs = [], [], []
     for folder in map(Path, stores):
         with read_store(folder) as store:
             check_model(store, model)
@@ -82,18 +84,23 @@ def load_measurements(
             for number, result in enumerate(store.results()):
                 if limit is not None and number >= limit:
                     break
+                tokens = stored_prompt(result, tokenizer)
+                groups.setdefault(
+                    tokens, result.key.task if result.level is None else f"{result.key.task}/{result.level}"
+                )
+                numbers.setdefault(tokens, len(numbers))
                 for path, value in zip(result.paths[1:], result.rewards[1:], strict=True):
-                    owner.append(len(tokens))
+                    owner.append(numbers[tokens])
                     paths.append(stored_path(path, result, folder, layers))
                     costs.append(result.rewards[0] - value)
-                tokens.append(stored_prompt(result, tokenizer))
-                groups.append(result.key.task if result.level is None else f"{result.key.task}/{result.level}")
     if not paths:
         raise ValueError(f"no paths were measured in {', '.join(map(str, stores))}; search with more simulations")
     found = torch.tensor(costs, dtype=torch.float32)
     if not found.isfinite().all():
         raise ValueError("some stored rewards are not finite; search these prompts again in float32 or bfloat16")
-    return Measurements(tokens, groups, torch.tensor(owner), torch.tensor(paths, dtype=torch.int8), found)
+    return Measurements(
+        list(groups), list(groups.values()), torch.tensor(owner), torch.tensor(paths, dtype=torch.int8), found
+    )
 
 
 def features(windows: WindowSet, size: int = 8) -> Tensor:
