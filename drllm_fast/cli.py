@@ -1,4 +1,4 @@
-"""The command `drllm-fast`: demo, generate, search, train, calibrate, eval, info.
+"""The command `drllm-fast`: demo, generate, search, train, refine, calibrate, eval, info.
 
 A user's errors are one line on stderr and exit status 2.
 """
