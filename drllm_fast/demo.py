@@ -153,8 +153,9 @@ def run_demo(
             "'all blocks' runs every block of every row through the same machinery: against dense it shows packing "
             "instead of padding, and the machinery's own cost. What the other two gain on it comes from their paths.\n"
             "While decoding, a block costs nothing only if no row of the batch runs it: "
-            f"{layers - called['static path']} of {layers} blocks on the static path, {layers - called['routed paths']} "
-            "on the routed ones. What different paths save is arithmetic and KV cache, not blocks that a step must call."
+            f"{layers - called['static path']} of {layers} blocks on the static path, "
+            f"{layers - called['routed paths']} on the routed ones. What different paths save is arithmetic and KV "
+            "cache, not blocks that a step must call."
         )
     finally:
         model.disable_dynamic_routing()

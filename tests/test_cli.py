@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from cli_cases import LAYERS, TEMPLATE, call, refused, tiny_folder
 
 import drllm_fast
