@@ -207,6 +207,36 @@ def test_guarded_prompts_bound_what_can_be_reached():
         calibrate(model, routers, texts, budgets=[0.9], progress=False)
 
 
+def test_shares_that_rise_with_the_penalty(monkeypatch):
+    """Blocks that see less may skip less: a share with hills, by a formula. Penalties fall nevertheless."""
+
+    def share(penalty):
+        return 0.8 - 0.3 * math.tanh(penalty) + 0.1 * math.sin(9 * penalty)
+
+    def hilly(model, prompts, listening, **named):
+        listening.logits.append(torch.tensor([[0.0, 1, 0], [1, 0, 0], [0, 1, 2]]))
+        return torch.full((len(prompts), LAYERS), share(listening.routers.penalty), dtype=torch.float64)
+
+    monkeypatch.setattr(module, "route_paths", hilly)
+    budgets = [0.6 + 0.01 * i for i in range(45)]
+    table = calibrate(TINY, untrained(TINY), [[3, 4]], budgets=budgets, tolerance=0.002, progress=False)
+    assert len(table.budgets) > 40 and list(table.penalties) == sorted(table.penalties, reverse=True)
+    for budget, penalty in zip(table.budgets, table.penalties, strict=True):
+        assert share(penalty) == pytest.approx(budget, abs=0.002)
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_one_block_is_met_at_once(guarded):
+    """What block 0 reads does not depend on the penalty, so that logits say where each budget is."""
+    model, (texts, _) = tiny("llama", num_hidden_layers=1), mixture(300, seed=10)
+    routers = untrained(model, scale=4.0)
+    routers.guard = fit_guard(model, texts, prototypes=4, quantile=0.6) if guarded else None
+    for budget in (0.7, 0.9, 1.3):
+        source = calibrate(model, routers, texts, budgets=[budget], progress=False).source
+        assert source["measurements"] <= 2 and source["kept"] == pytest.approx([budget], abs=0.005)
+        assert source["guarded"] == pytest.approx(0.4 if guarded else 0, abs=0.01)
+
+
 def test_few_measurements(deep, monkeypatch):
     calls = []
     monkeypatch.setattr(module, "route_paths", lambda *a, **k: calls.append(1) or route_paths(*a, **k))
