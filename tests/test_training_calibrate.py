@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from families import LAYERS, tiny
@@ -207,20 +208,28 @@ def test_guarded_prompts_bound_what_can_be_reached():
         calibrate(model, routers, texts, budgets=[0.9], progress=False)
 
 
-def test_shares_that_rise_with_the_penalty(monkeypatch):
-    """Blocks that see less may skip less: a share with hills, by a formula. Penalties fall nevertheless."""
+def hilly(penalty):
+    """A share with many hills."""
+    return 0.8 - 0.3 * math.tanh(penalty) + 0.1 * math.sin(9 * penalty)
 
-    def share(penalty):
-        return 0.8 - 0.3 * math.tanh(penalty) + 0.1 * math.sin(9 * penalty)
 
-    def hilly(model, prompts, listening, **named):
-        listening.logits.append(torch.tensor([[0.0, 1, 0], [1, 0, 0], [0, 1, 2]]))
+def one_hill(penalty):
+    """A share on straight lines: at -0.5 it has what it has at -1.2, and -1 is measured before either."""
+    return float(np.interp(penalty, [-2, -1, -0.5, 0, 2], [1.2, 0.7, 0.8, 0.5, 0]))
+
+
+@pytest.mark.parametrize("share, budgets", [(hilly, [0.6 + 0.01 * i for i in range(45)]), (one_hill, [0.6, 0.7, 0.8])])
+def test_shares_that_rise_with_the_penalty(monkeypatch, share, budgets):
+    """Blocks that see less may skip less. Penalties fall nevertheless."""
+
+    def measured(model, prompts, listening, **named):
+        listening.logits.append(torch.zeros(1, 3))  # that say nothing
         return torch.full((len(prompts), LAYERS), share(listening.routers.penalty), dtype=torch.float64)
 
-    monkeypatch.setattr(module, "route_paths", hilly)
-    budgets = [0.6 + 0.01 * i for i in range(45)]
+    monkeypatch.setattr(module, "route_paths", measured)
     table = calibrate(TINY, untrained(TINY), [[3, 4]], budgets=budgets, tolerance=0.002, progress=False)
-    assert len(table.budgets) > 40 and list(table.penalties) == sorted(table.penalties, reverse=True)
+    assert len(table.budgets) > 0.9 * len(budgets)
+    assert list(table.penalties) == sorted(table.penalties, reverse=True)
     for budget, penalty in zip(table.budgets, table.penalties, strict=True):
         assert share(penalty) == pytest.approx(budget, abs=0.002)
 
