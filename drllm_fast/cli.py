@@ -1,4 +1,4 @@
-"""The command `drllm-fast`: demo, generate, search, train, calibrate, eval, info.
+"""The command `drllm-fast`: demo, generate, search, train, refine, calibrate, eval, info.
 
 A user's errors are one line on stderr and exit status 2.
 """
@@ -96,9 +96,7 @@ def info(
 @app.command()
 @clean_errors
 def demo(
-    budget: Annotated[
-        float, typer.Option(help="Budget of the static path; the ten mixed paths go from 1 down to it.")
-    ] = 0.9,
+    budget: Annotated[float, typer.Option(help="Share of the blocks that routers and static path may run.")] = 0.9,
     criterion: Annotated[Criterion, typer.Option(help="How the static policy ranks blocks.")] = (
         Criterion.block_influence
     ),

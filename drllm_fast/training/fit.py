@@ -23,6 +23,7 @@ from tqdm import tqdm
 from drllm_fast.router_reference import router_windows
 from drllm_fast.routers import LayerRouters
 from drllm_fast.training import fit_checkpoint
+from drllm_fast.training.descent import Descent
 from drllm_fast.training.fit_config import FitConfig
 from drllm_fast.training.fit_inputs import check_inputs, data_hash, split, weights_hash
 from drllm_fast.training.fit_report import Epoch, FitReport
@@ -98,7 +99,8 @@ def fit(
         stored = fit_checkpoint.read(folder, identity)
         fit_checkpoint.prepare(folder)
         if stored is not None:
-            report.epochs, tensors = stored
+            epochs, tensors = stored
+            report.epochs = [Epoch(**epoch) for epoch in epochs]
             state.load(tensors)
     classes = objective is None
     losses = _Losses(windows, targets, objective or _default_objective(config, counts, weights), classes)
@@ -112,9 +114,7 @@ def fit(
                 fit_checkpoint.write(folder, identity, report.epochs, state.tensors())
             if tracker is not None:
                 tracker.log(report.epochs[-1].scalars(), number)
-    with torch.no_grad():
-        for parameter, weight in zip(routers.parameters(), state.weights, strict=True):
-            parameter.copy_(weight)
+    state.give(routers)
     return report
 
 
@@ -139,45 +139,18 @@ def _name(objective: Objective | None) -> str | None:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-class _State:
-    """Weights and optimiser of a fit, and how far it is."""
+class _State(Descent):
+    """A descent at the rates of the config's schedule."""
 
     rate: float  # of the last step
 
     def __init__(self, routers: LayerRouters, config: FitConfig, steps: int):
-        self.names = [name for name, _ in routers.named_parameters()]
-        self.weights = [parameter.detach().clone().requires_grad_() for parameter in routers.parameters()]
-        self.optimizer = torch.optim.AdamW(
-            self.weights, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
-        self.step, self.steps, self.config = 0, steps, config
+        super().__init__(routers, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+        self.steps, self.config = steps, config
 
     def descend(self, loss: Tensor) -> None:
         self.rate = self.config.rate(self.step, self.steps)
-        self.optimizer.param_groups[0]["lr"] = self.rate
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.step += 1
-
-    def tensors(self) -> dict[str, Tensor]:
-        tensors = {"fit.step": torch.tensor(self.step)}
-        for name, weight in zip(self.names, self.weights, strict=True):
-            tensors[name] = weight
-            tensors |= {f"{name}.{key}": value for key, value in self.optimizer.state[weight].items()}
-        return tensors
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        self.step = int(tensors["fit.step"])
-        for name, weight in zip(self.names, self.weights, strict=True):
-            weight.copy_(tensors[name])
-            prefix = f"{name}."
-            self.optimizer.state[weight] = {
-                key.removeprefix(prefix): value.to(weight.device)
-                for key, value in tensors.items()
-                if key.startswith(prefix)
-            }
+        super().descend(loss, rate=self.rate)
 
 
 class _Losses:

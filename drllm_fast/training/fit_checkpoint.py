@@ -1,6 +1,7 @@
 """The state of a fit between two epochs, in one file of a folder: tensors, and the epochs so far as its metadata.
 
-One file, written aside and renamed, so that a fit that is killed leaves the last whole epoch. No pickle.
+One file, written aside and renamed, so that a fit that is killed leaves the last whole epoch. No pickle. An epoch is a
+dataclass of figures fit for JSON, and is read back as a dict.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from drllm_fast.search.atomic import clean, written
-from drllm_fast.training.fit_report import Epoch
 
 FILE = "fit.safetensors"
 FORMAT = "drllm-fast fit 1"
@@ -29,7 +29,7 @@ def prepare(folder: Path) -> None:
     clean(folder)
 
 
-def write(folder: Path, identity: dict[str, Any], epochs: list[Epoch], tensors: dict[str, Tensor]) -> None:
+def write(folder: Path, identity: dict[str, Any], epochs: list[Any], tensors: dict[str, Tensor]) -> None:
     """Replace the checkpoint. identity: what decides the result, fit for JSON."""
     state = {"identity": identity, "epochs": [asdict(epoch) for epoch in epochs]}
     content = save(
@@ -40,7 +40,7 @@ def write(folder: Path, identity: dict[str, Any], epochs: list[Epoch], tensors: 
         file.write(content)
 
 
-def read(folder: Path, identity: dict[str, Any]) -> tuple[list[Epoch], dict[str, Tensor]] | None:
+def read(folder: Path, identity: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Tensor]] | None:
     """The epochs and tensors of a checkpoint, on the CPU; None where there is none.
 
     Raises ValueError that says what differs for a checkpoint of another fit, OSError for a damaged one.
@@ -67,4 +67,4 @@ def read(folder: Path, identity: dict[str, Any]) -> tuple[list[Epoch], dict[str,
             f"{folder} holds another fit: {'; '.join(differences)}. Nothing was changed; give another folder, or what "
             "that one was given to go on with it"
         )
-    return [Epoch(**epoch) for epoch in state["epochs"]], tensors
+    return state["epochs"], tensors
