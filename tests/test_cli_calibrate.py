@@ -152,6 +152,17 @@ def test_text_files(made, checkpoint, tmp_path):
     assert groups.keys() == {"text", "sums"} and groups["text"]["prompts"] < 40
 
 
+def test_no_document_is_on_both_sides(made, tmp_path):
+    """Documents of several rows each; every word says which one it is of."""
+    _, tokenizer = load_model(str(made[0]), Dtype.auto, "cpu")
+    (tmp_path / "book.txt").write_text("\n\n".join(" ".join([letter] * 400) for letter in "abcdefghijkl"))
+    options = {"limit": None, "shots": None, "chat": False, "seed": 0}
+    sides = cli_calibrate.read_prompts([f"text:{tmp_path / 'book.txt'}"], tokenizer, **options)
+    letters = [{tokenizer.decode(text)[0] for text in texts} for texts, _ in sides]
+    assert not letters[0] & letters[1] and letters[0] | letters[1] == set("abcdefghijkl")
+    assert len(sides[0][0]) + len(sides[1][0]) > 40
+
+
 def test_options_of_the_prompts(made, checkpoint, monkeypatch):
     _, tokenizer = load_model(str(made[0]), Dtype.auto, "cpu")
     seen = []
