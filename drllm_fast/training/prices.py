@@ -143,7 +143,8 @@ class CostModel:
         progress: bool = True,
     ) -> tuple[CostModel, dict[str, Any]]:
         """The model of all prompts, and how well it foretells a tenth of them that it was not fitted to: R2 of the
-        square root of the cost by a single member, over all and within each group, beside those of one without features."""
+        square root of the cost by a single member, over all and within each group, beside that of one without
+        features."""
         generator = torch.Generator().manual_seed(seed)
         held = torch.rand(len(z), generator=generator) < 0.1
         out = measured.costs.sign() * measured.costs.abs().sqrt()
