@@ -49,7 +49,8 @@ def calibrate(
         float, typer.Option(min=0, max=1, help="Share of these prompts that the guard lets pass.")
     ] = 0.99,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many prompts of each task.", rich_help_panel=PROMPTS)
+        int | None,
+        typer.Option(min=1, help="At most so many prompts of each task, at even distances.", rich_help_panel=PROMPTS),
     ] = None,
     shots: Annotated[
         int | None,
@@ -159,16 +160,15 @@ def read_prompts(
 ) -> tuple[Prompts, Prompts]:
     """The prompts to measure, and those to check what was found: about a third, by a hash of a row's id, or of the
     document that it is of. Both are of every task; ValueError where a task is too small for that."""
-    from drllm_fast.search.tasks import load_rows, load_task
+    from drllm_fast.search.tasks import evenly, load_rows, load_task
     from drllm_fast.search.tokens import encode_context
 
     measured: Prompts = [], []
     held_out: Prompts = [], []
     for spec in tasks:
         rows = load_rows(spec, seed=seed)
-        items = load_task(
-            spec, rows=rows, tokenizer=tokenizer if chat else None, chat=chat, shots=shots, limit=limit, seed=seed
-        )
+        items = load_task(spec, rows=rows, tokenizer=tokenizer if chat else None, chat=chat, shots=shots, seed=seed)
+        items = evenly(items, limit)
         units = {row["id"]: row.get("document", row["id"]) for row in rows}
         held = [_held_out(units[item.id]) for item in items]
         if all(held) or not any(held):

@@ -104,7 +104,7 @@ def evaluate(
     --static block-influence --budgets 0.95,0.9 --output evaluated
     """
     from drllm_fast.search.grading import check_grader
-    from drllm_fast.search.tasks import load_task
+    from drllm_fast.search.tasks import evenly, load_task
 
     check_model(model)
     wanted = _budgets(budgets)
@@ -128,7 +128,7 @@ def evaluate(
             spec, tokenizer=loaded and loaded[1], chat=chat, shots=shots, levels=levels, seed=seed,
             form=form, max_new_tokens=max_new_tokens, drop_unanswered=drop_unanswered,
         )  # fmt: skip
-        some = _evenly(some, limit)
+        some = evenly(some, limit)
         _add_graders(graders, spec, some, grader, form, seed)
         items += some
     model_and_tokenizer = loaded or load_model(model, dtype, where)
@@ -167,13 +167,6 @@ def _add_graders(
                 raise ValueError(
                     f"the answers of {task} want different graders ({graders[task]}, {found}); choose one: --grader"
                 )
-
-
-def _evenly(items: list[Any], limit: int | None) -> list[Any]:
-    """Data sets are often sorted, by level or kind: the first so many would be of one."""
-    if limit is None or limit >= len(items):
-        return items
-    return [items[number * len(items) // limit] for number in range(limit)]
 
 
 def _budgets(text: str | None) -> list[float] | None:

@@ -113,6 +113,14 @@ def load_rows(spec: str, *, seed: int = 0, fields: Fields | None = None) -> list
     return rows
 
 
+def evenly(items: list[Any], limit: int | None) -> list[Any]:
+    """At most `limit` of the items, at even distances: data sets are often sorted, by level or kind, and the first so
+    many would be of one."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[number * len(items) // limit] for number in range(limit)]
+
+
 def part_of(row: Row) -> str:
     """Whether a row is for train or for validation."""
     name = row.get("document", row["id"])
