@@ -50,6 +50,7 @@ def refine(
     routers: LayerRouters,
     items: Sequence[Item],
     *,
+    units: Sequence[str] | None = None,
     config: RefineConfig | None = None,
     folder: Path | None = None,
     tracker: Tracker | None = None,
@@ -60,6 +61,7 @@ def refine(
 
     model       the routers' own, from transformers, routed or not; it is left as it was
     items       prompts, and what the reward of the config needs
+    units       what each prompt is of, such as its document: prompts of one unit are held out together. None: itself
     folder      for a checkpoint after every measurement. A refinement that was interrupted goes on from there when it
                 is started again, and ends with the routers that it would have ended with
     tracker     see `drllm_fast.training.trackers`; it is told of measurements as they are made, and not closed
@@ -87,7 +89,7 @@ def refine(
     if any(parameter.dtype != torch.float32 for parameter in routers.parameters()):
         raise TypeError("routers are trained in float32; convert them with routers.float()")
     routers.bind(unwrap(model))
-    training, held = split(len(items), config.validation, config.seed)
+    training, held = _split(range(len(items)) if units is None else units, len(items), config)
     if len(training) < len(config.budgets):
         raise ValueError(
             f"{len(training)} prompts to train on are too few for {len(config.budgets)} budgets; give at least as many"
@@ -99,6 +101,7 @@ def refine(
     identity = {
         **{f"config.{name}": value for name, value in settings.items()},
         "prompts": prompts_hash(items),
+        "held out": held.tolist(),
         "first weights": weights_hash(routers),
         "margin": routers.margin,
         "guard": routers.guard is not None,
@@ -137,6 +140,16 @@ def refine(
         state.give_best(routers)
         routers.calibration = None
     return report
+
+
+def _split(units: Sequence[Any], prompts: int, config: RefineConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the prompts to train on and of those held out, ascending."""
+    if len(units) != prompts:
+        raise ValueError(f"{prompts} prompts and {len(units)} units; give one unit for each prompt")
+    number = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
+    of = np.array([number[unit] for unit in units])
+    training, held = split(len(number), config.validation, config.seed)
+    return np.flatnonzero(np.isin(of, training)), np.flatnonzero(np.isin(of, held))
 
 
 def prompts_hash(items: Sequence[Item]) -> str:
