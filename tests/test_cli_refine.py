@@ -11,7 +11,7 @@ from drllm_fast import LayerRouters, cli_refine
 from drllm_fast.cli_models import Dtype, load_model
 from drllm_fast.search.tasks import load_task
 from drllm_fast.search.tokens import encode_context
-from drllm_fast.training import refine as module
+from drllm_fast.training import refine_state as module
 from drllm_fast.training.calibrate import BUDGETS, calibrate
 from drllm_fast.training.refine import refine
 from drllm_fast.training.refine_config import RefineConfig
@@ -79,7 +79,7 @@ def test_a_refinement_ends_with_calibrated_routers_and_its_report(given, tmp_pat
 def test_the_same_command_goes_on(given, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     ended(run(given, whole))
-    step = module._Refinement.take_step
+    step = module.Refinement.take_step
 
     def interrupted(self):
         if self.step == 13:
@@ -87,12 +87,12 @@ def test_the_same_command_goes_on(given, tmp_path, monkeypatch):
         return step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Refinement, "take_step", interrupted)
+        patch.setattr(module.Refinement, "take_step", interrupted)
         result = run(given, parts)
     assert result.exit_code == 130 and "run the same command to go on" in result.stderr
     assert not (parts / "config.json").exists()
     taken = []
-    monkeypatch.setattr(module._Refinement, "take_step", lambda self: taken.append(1) or step(self))
+    monkeypatch.setattr(module.Refinement, "take_step", lambda self: taken.append(1) or step(self))
     ended(run(given, parts))
     assert len(taken) == 10 and same(LayerRouters.from_pretrained(whole), LayerRouters.from_pretrained(parts))
     ended(run(given, parts))
@@ -132,13 +132,13 @@ def test_routers_that_do_not_improve_keep_their_table(given, tmp_path, monkeypat
     routers = LayerRouters.from_pretrained(given[1])
     routers.calibration = {"budgets": [0.5, 0.9], "penalties": [0.3, 0.1], "source": {}}
     routers.save_pretrained(tmp_path / "calibrated")
-    measured = module._Refinement.measure
+    measured = module.Refinement.measure
 
     def worse(self, begun, steps):
         found = measured(self, begun, steps)
         return module.Measurement(**{**vars(found), "values": [-float(self.step)] * len(found.values)})
 
-    monkeypatch.setattr(module._Refinement, "measure", worse)
+    monkeypatch.setattr(module.Refinement, "measure", worse)
     result = ended(run((given[0], tmp_path / "calibrated", given[2]), tmp_path / "out", "--steps", 2))
     saved = LayerRouters.from_pretrained(tmp_path / "out")
     assert "The routers are unchanged" in result.stdout and saved.calibration == routers.calibration

@@ -15,7 +15,7 @@ from drllm_fast.budget import BudgetTable
 from drllm_fast.paths import route_paths
 from drllm_fast.search.evaluator import PathEvaluator
 from drllm_fast.search.unit import Item
-from drllm_fast.training import refine as module
+from drllm_fast.training import refine_state as module
 from drllm_fast.training.draws import budget_costs
 from drllm_fast.training.path_values import PathValues
 from drllm_fast.training.refine import refine
@@ -141,10 +141,10 @@ def test_a_step_goes_along_the_budget(monkeypatch):
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.weights)]))
         return 0.0
 
-    monkeypatch.setattr(module._Refinement, "descend", descend)
+    monkeypatch.setattr(module.Refinement, "descend", descend)
     config = replace(CONFIG, budgets=(0.8,), batch_size=1, samples=4000, temperature=0.8, anchor=0.0)
     values = PathValues(model, Characters(), [item], "loglik")
-    state = module._Refinement(model, routers, values, module.np.array([0]), module.np.array([0]), config, 10**6)
+    state = module.Refinement(model, routers, values, module.np.array([0]), module.np.array([0]), config, 10**6)
     state.penalties = torch.tensor([0.3], dtype=torch.float64)
     figures = state.take_step()
     exact = Enumerated(model, routers, Characters().encode(item.prompt))
@@ -224,14 +224,14 @@ def test_the_best_is_kept_and_not_the_last(model, routers, monkeypatch):
     """Held-out values rise once and fall again."""
     order, states = iter([0.0, 2.0, 1.0]), []
     worth(monkeypatch, lambda paths: paths.sum(-1))
-    measured = module._Refinement.measure
+    measured = module.Refinement.measure
 
     def measure(self, begun, steps):
         states.append([weight.detach().clone() for weight in self.weights])
         value = next(order)
         return replace(measured(self, begun, steps), values=[value, value])
 
-    monkeypatch.setattr(module._Refinement, "measure", measure)
+    monkeypatch.setattr(module.Refinement, "measure", measure)
     report = run(model, routers)
     assert report.kept == 1
     assert all(torch.equal(w, p) for w, p in zip(states[1], routers.parameters(), strict=True))
@@ -257,7 +257,7 @@ def test_a_stopped_refinement_goes_on(model, routers, tmp_path, monkeypatch, sto
     trackers = Counting(), Counting()
     one = run(model, whole, tracker=trackers[0])
     assert torch.equal(torch.get_rng_state(), random)
-    taken, step = [], module._Refinement.take_step
+    taken, step = [], module.Refinement.take_step
 
     def stops(self):
         if len(taken) == stopped:
@@ -267,7 +267,7 @@ def test_a_stopped_refinement_goes_on(model, routers, tmp_path, monkeypatch, sto
         return step(self)
 
     before = weights(routers)
-    monkeypatch.setattr(module._Refinement, "take_step", stops)
+    monkeypatch.setattr(module.Refinement, "take_step", stops)
     with pytest.raises(Stop):
         run(model, routers, folder=tmp_path, tracker=trackers[1])
     assert same(weights(routers), before) and routers.calibration == TABLE
@@ -278,7 +278,7 @@ def test_a_stopped_refinement_goes_on(model, routers, tmp_path, monkeypatch, sto
     assert trackers[0].told == trackers[1].told and [told[0] for told in trackers[0].told] == [0, 4, 8]
 
     refreshed = routers_of(model, scale=1.3)
-    monkeypatch.setattr(module._Refinement, "take_step", None)  # all is done
+    monkeypatch.setattr(module.Refinement, "take_step", None)  # all is done
     run(model, refreshed, folder=tmp_path)
     assert same(weights(refreshed), weights(whole))
     files = {file: file.read_bytes() for file in tmp_path.iterdir()}
