@@ -16,6 +16,7 @@ from drllm_fast.paths import route_paths
 from drllm_fast.search.evaluator import PathEvaluator
 from drllm_fast.search.unit import Item
 from drllm_fast.training import refine_state as module
+from drllm_fast.training.descent import Descent
 from drllm_fast.training.draws import budget_costs
 from drllm_fast.training.path_values import PathValues
 from drllm_fast.training.refine import refine
@@ -171,6 +172,15 @@ def test_the_anchor_holds_the_routers_back(model, routers):
     assert 0 < moved[1] < moved[0] / 3 and same(before, weights(routers_of(model, scale=1.3)))
 
 
+def test_a_gradient_is_clipped():
+    routers = LayerRouters(num_layers=2, hidden_size=4, router_size=3)
+    descent = Descent(routers, learning_rate=1e-3, weight_decay=0.0)
+    norm = descent.descend(sum(100 * weight.sum() for weight in descent.weights), clip=2.0)
+    count = sum(weight.numel() for weight in descent.weights)
+    assert norm == pytest.approx(100 * count**0.5)
+    assert sum(weight.grad.square().sum() for weight in descent.weights).item() == pytest.approx(4, rel=1e-4)
+
+
 def test_every_prompt_has_its_turn(model, routers, monkeypatch):
     calls = worth(monkeypatch, lambda paths: paths.sum(-1))
     report = run(model, routers, config=replace(CONFIG, steps=9, every=9))
@@ -285,6 +295,7 @@ def test_a_stopped_refinement_goes_on(model, routers, tmp_path, monkeypatch, sto
     for more, words in (
         ({"config": replace(CONFIG, reward="loglik")}, "config.reward is 'kl', not 'loglik'"),
         ({"items": ITEMS[:-1]}, "prompts is"),
+        ({"units": [str(n // 2) for n in range(len(ITEMS))]}, "held out is"),
         ({"routers": routers_of(model, seed=1)}, "first weights is"),
     ):
         with pytest.raises(ValueError, match=f"holds another fit.*{words}"):
