@@ -97,9 +97,7 @@ def info(
 @app.command()
 @clean_errors
 def demo(
-    budget: Annotated[
-        float, typer.Option(help="Budget of the static path; the ten mixed paths go from 1 down to it.")
-    ] = 0.9,
+    budget: Annotated[float, typer.Option(help="Share of the blocks that routers and static path may run.")] = 0.9,
     criterion: Annotated[Criterion, typer.Option(help="How the static policy ranks blocks.")] = (
         Criterion.block_influence
     ),

@@ -25,7 +25,10 @@ def evaluate(
     ],
     output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on where it stopped.")],
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many prompts of each task.", rich_help_panel=TASK)
+        int | None,
+        typer.Option(
+            min=1, help="At most so many prompts of each task, at even distances in its data.", rich_help_panel=TASK
+        ),
     ] = None,
     levels: Annotated[str | None, typer.Option(help="Only these levels: 1-2 or 1,4.", rich_help_panel=TASK)] = None,
     shots: Annotated[
@@ -122,9 +125,10 @@ def evaluate(
     items, graders = [], {}
     for spec in task:
         some = load_task(
-            spec, tokenizer=loaded and loaded[1], chat=chat, shots=shots, limit=limit, levels=levels, seed=seed,
+            spec, tokenizer=loaded and loaded[1], chat=chat, shots=shots, levels=levels, seed=seed,
             form=form, max_new_tokens=max_new_tokens, drop_unanswered=drop_unanswered,
         )  # fmt: skip
+        some = _evenly(some, limit)
         _add_graders(graders, spec, some, grader, form, seed)
         items += some
     model_and_tokenizer = loaded or load_model(model, dtype, where)
@@ -163,6 +167,13 @@ def _add_graders(
                 raise ValueError(
                     f"the answers of {task} want different graders ({graders[task]}, {found}); choose one: --grader"
                 )
+
+
+def _evenly(items: list[Any], limit: int | None) -> list[Any]:
+    """Data sets are often sorted, by level or kind: the first so many would be of one."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[number * len(items) // limit] for number in range(limit)]
 
 
 def _budgets(text: str | None) -> list[float] | None:

@@ -18,13 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from drllm_fast.report import count, human_bytes, plot_plan, ranges, stdout_console, summary_table
-from drllm_fast.smollm2 import cache_dir, load_smollm2
+from drllm_fast.routers import LayerRouters
+from drllm_fast.smollm2 import NAME, cache_dir, load_smollm2
 
 if TYPE_CHECKING:
     from drllm_fast.influence import StaticPolicy
 
 CALIBRATION = 1  # of the cached order; raise it when calibrating means something else
-REPEATED_BLOCK = 27  # any block can run twice; where this one is skipped, one before it does
 
 PROMPTS = {
     "capital": "What is the capital of Portugal? Answer in one short sentence.",
@@ -72,7 +72,8 @@ def run_demo(
     dtype: torch.dtype = torch.bfloat16,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Answer `PROMPTS` in one batch of mixed paths, print what each cost, time it beside the dense model.
+    """Answer `PROMPTS` in one batch, each on the path that the bundled routers choose for it, print what each cost, and
+    time it beside the dense model and a static path.
 
     Returns what was measured: tokens per second of each variant and round, and the ratios of the medians. Raises
     ValueError for a bad budget or criterion, OSError without SmolLM2 or where a file cannot be written, ImportError
@@ -84,6 +85,8 @@ def run_demo(
     model.to(device)
     layers = model.config.num_hidden_layers
     policy = static_policy(model, tokenizer, budget=budget, criterion=criterion)
+    routers = LayerRouters.from_pretrained(NAME)
+    routers.budget = budget
     chat = [[{"role": "user", "content": prompt}] for prompt in PROMPTS.values()]
     batch = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
@@ -95,26 +98,26 @@ def run_demo(
         f"One batch of {len(lengths)} prompts, {min(lengths)} to {max(lengths)} tokens each with the chat template."
     )
 
-    model.enable_dynamic_routing(policy)
+    model.enable_dynamic_routing(routers)
     try:
         static = list(policy.path)
-        plan = mixed_plan(policy, len(PROMPTS))
         new = {"max_new_tokens": max_new_tokens, "do_sample": False}
         with model.routing.disabled(), _status("The dense model answers"):
             dense_answers = _answers(model, tokenizer, batch, new)
-        with model.routing.using(plan), _status("Ten paths in one batch answer"):
-            mixed_answers = _answers(model, tokenizer, batch, new)
+        with _status("The routers choose a path for each prompt, and the batch answers"):
+            routed_answers = _answers(model, tokenizer, batch, new)
         stats = model.routing.stats
+        plan = stats.plan.tolist()
 
         for row, name in enumerate(PROMPTS):
             path = plan[row]
             console.print(Text.assemble("\n", (name, "bold"), f"  {_words(path)}"))
             console.print(Text(_short(PROMPTS[name]), style="dim"))
-            same = mixed_answers[row] == dense_answers[row]
+            same = routed_answers[row] == dense_answers[row]
             answers = Table.grid(padding=(0, 2))
             if not same:
                 answers.add_row("  dense", Text(dense_answers[row]))
-            answers.add_row("  routed" if not same else "  both", Text(mixed_answers[row]))
+            answers.add_row("  routed" if not same else "  both", Text(routed_answers[row]))
             console.print(answers)
         console.print()
         console.print(summary_table(stats, labels=list(PROMPTS)))
@@ -130,19 +133,19 @@ def run_demo(
             "dense": lambda: _dense(model, batch, timed),
             "all blocks": lambda: _routed(model, batch, timed, [1] * layers),
             "static path": lambda: _routed(model, batch, timed, static),
-            "mixed paths": lambda: _routed(model, batch, timed, plan),
+            "routed paths": lambda: _routed(model, batch, timed, plan),
         }
         seconds = measure(runs, rounds, device)
         union = [max(column) for column in zip(*plan, strict=True)]
-        called = {"static path": sum(map(bool, static)), "mixed paths": sum(map(bool, union))}
-        mean = {"static path": sum(static), "mixed paths": sum(map(sum, plan)) / len(plan)}
+        called = {"static path": sum(map(bool, static)), "routed paths": sum(map(bool, union))}
+        mean = {"static path": sum(static), "routed paths": sum(map(sum, plan)) / len(plan)}
         made = len(lengths) * max_new_tokens
         result = {name: [made / s for s in each] for name, each in seconds.items()}
         console.print(_speed_table(result, mean, called, layers, rounds, max_new_tokens))
         ratios = {name: statistics.median(r) / statistics.median(result["dense"]) for name, r in result.items()}
-        for name in ("all blocks", "static path", "mixed paths"):
+        for name in ("all blocks", "static path", "routed paths"):
             console.print(_verdict(name, result, "dense"))
-        for name in ("static path", "mixed paths"):
+        for name in ("static path", "routed paths"):
             console.print(_verdict(name, result, "all blocks"))
         if any(max(rates) > 2 * min(rates) for rates in result.values()):
             console.print("Rounds differ more than twofold: something else uses this machine. Try fewer --threads.")
@@ -150,8 +153,9 @@ def run_demo(
             "'all blocks' runs every block of every row through the same machinery: against dense it shows packing "
             "instead of padding, and the machinery's own cost. What the other two gain on it comes from their paths.\n"
             "While decoding, a block costs nothing only if no row of the batch runs it: "
-            f"{layers - called['static path']} of {layers} blocks on the static path, {layers - called['mixed paths']} "
-            "on the mixed ones. What mixed paths save is arithmetic and KV cache, not blocks that a step must call."
+            f"{layers - called['static path']} of {layers} blocks on the static path, "
+            f"{layers - called['routed paths']} on the routed ones. What different paths save is arithmetic and KV "
+            "cache, not blocks that a step must call."
         )
     finally:
         model.disable_dynamic_routing()
@@ -178,20 +182,6 @@ def static_policy(model: Any, tokenizer: Any, *, budget: float, criterion: str) 
     policy.save(complete)
     complete.replace(path)
     return policy
-
-
-def mixed_plan(policy: StaticPolicy, rows: int) -> list[list[int]]:
-    """A path for each prompt: the static policy at budgets from 1 down to its own; two rows also repeat a block."""
-    from drllm_fast.influence import StaticPolicy
-
-    plan = []
-    for row in range(rows):
-        budget = 1 - (1 - policy.budget) * row / max(rows - 1, 1)
-        share = StaticPolicy(policy.order, num_layers=policy.num_layers, budget=budget, criterion=policy.criterion)
-        plan.append(list(share.path))
-    for path in (plan[0], plan[rows // 2]):
-        path[max(block for block in range(len(path)) if path[block] and block <= REPEATED_BLOCK)] = 2
-    return plan
 
 
 def measure(runs: dict[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:

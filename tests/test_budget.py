@@ -30,7 +30,15 @@ def batch(lengths=(3, 9, 20, 40, 1, 12, 8, 5)):
 
 # -- the table
 def test_penalties_lie_on_straight_lines():
-    by_hand = {0.5: 3.0, 0.6: 3 - 2.75 / 4, 0.7: 3 - 2.75 / 2, 0.9: 0.25, 1.0: 0.25 - 1.25 / 2, 1.1: -1.0, 1: -0.375}
+    by_hand = {
+        0.5: 3.0,
+        0.6: 3 - 2.75 / 4,
+        0.7: 3 - 2.75 / 2,
+        0.9: 0.25,
+        1.0: 0.25 - 1.25 / 2,
+        1.1: -1.0,
+        1.05: -0.6875,
+    }
     for budget, penalty in by_hand.items():
         assert TABLE.penalty(budget) == pytest.approx(penalty)
     assert BudgetTable((0.8,), (1.5,)).penalty(0.8) == 1.5

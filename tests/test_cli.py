@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from cli_cases import LAYERS, TEMPLATE, call, refused, tiny_folder
 
 import drllm_fast
@@ -345,23 +344,9 @@ def test_demo(tmp_path):
     assert result.exit_code == 0, result.output
     assert path.read_bytes().startswith(b"\x89PNG")
     out = result.stdout
-    for word in ("capital", "question", "27 of 30", "KV cache", "tok/s", "static path", "mixed paths", "all blocks"):
+    for word in ("capital", "question", " of 30", "KV cache", "tok/s", "static path", "routed paths", "all blocks"):
         assert word in out, word
-    assert "repeats 27" in out and "static path against all blocks: " in out
-
-
-def test_demo_paths_run_from_dense_down_to_the_budget():
-    from drllm_fast.demo import REPEATED_BLOCK, mixed_plan
-    from drllm_fast.influence import StaticPolicy
-
-    policy = StaticPolicy([3, REPEATED_BLOCK, 9], num_layers=30, budget=0.9)
-    plan = torch.tensor(mixed_plan(policy, 10))
-    skips = (plan == 0).sum(1).tolist()
-    assert skips[0] == 0 and skips[-1] == 3 and skips == sorted(skips) and len(set(skips)) == 4
-    assert plan[-1].tolist() == list(policy.path)
-    assert (plan == 2).sum(1).nonzero()[:, 0].tolist() == [0, 5]
-    assert plan[0, REPEATED_BLOCK] == 2
-    assert plan[5, REPEATED_BLOCK] == 0 and plan[5, REPEATED_BLOCK - 1] == 2  # skipped there: the one before repeats
+    assert "skips" in out and "static path against all blocks: " in out
 
 
 def test_demo_calibrates_once_and_again_for_what_its_file_does_not_serve(tiny, tmp_path, monkeypatch):

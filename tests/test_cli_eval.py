@@ -91,7 +91,7 @@ def test_only_the_dense_model(models, task, tmp_path):
     result = ended(evaluate(models["tiny"], task, tmp_path / "out", "--limit", 3))
     [row] = figures(tmp_path / "out")["tasks"][0]["rows"]
     assert row["kind"] == "dense" and row["versus_dense"] is None and "AGAINST" not in result.stdout
-    assert [line["item"] for line in lines(tmp_path / "out")] == ["q0", "q1", "q2"]
+    assert [line["item"] for line in lines(tmp_path / "out")] == ["q0", "q1", "q3"]
 
 
 def test_running_text_has_a_perplexity(models, tmp_path):

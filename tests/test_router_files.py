@@ -76,6 +76,30 @@ def test_the_card(saved):
     assert "a model of these sizes" in routers.generate_model_card().text
 
 
+def test_the_card_shows_how_to_set_a_budget(saved):
+    routers, folder = saved
+    card = (folder / "README.md").read_text()
+    assert 'of/this/checkpoint", budget=0.9)\n```' in card and "model.routing.budget = ..." in card
+    assert "| budgets | 0.5 to 1 of the layers" in card
+    for budgets, example in (((0.5, 0.8), "0.8"), ((0.95, 1.1), "0.95"), ((0.7,), "0.7")):
+        routers.calibration = BudgetTable(budgets, (1.0,) * len(budgets))
+        assert f"budget={example})" in str(routers.generate_model_card())
+        routers.calibration.penalty(float(example))
+    routers.calibration = None
+    plain = str(routers.generate_model_card())
+    assert 'of/this/checkpoint")\n```' in plain and "model.routing.budget" not in plain
+
+
+def test_a_guard_that_the_config_does_not_ask_for_is_left_out(saved):
+    """As it is for a moment while a checkpoint is given a guard."""
+    _, folder = saved
+    edit_config(folder, guard_radius=None)
+    assert LayerRouters.from_pretrained(folder).guard is None
+    edit_config(folder, guard_radius=2.5)
+    with pytest.raises(ValueError, match="radius must be from 0 to 2, got 2.5"):
+        LayerRouters.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("while_saving", [False, True])
 def test_push_to_hub_uploads_the_three_files(saved, tmp_path, monkeypatch, while_saving):
     uploaded = []

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -66,7 +67,7 @@ def test_the_seed_decides(method):
     assert run(scape, config, 1)[1] != run(scape, config, 2)[1]
 
 
-@pytest.mark.parametrize("method", ["mcts", "random", "beam", "policy-gradient"])
+@pytest.mark.parametrize("method", ["mcts", "random", "beam", "policy-gradient", "spread"])
 def test_all_simulations_are_used(method):
     _, asked = run(LANDSCAPES["additive"](1), replace(OPEN, method=method, simulations=60), 1)
     assert len(asked) == 60
@@ -151,7 +152,7 @@ def test_a_prior_is_followed(method):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"method": "annealing"}, "method must be one of mcts, chain, random, beam, policy-gradient, got 'annealing'"),
+        ({"method": "annealing"}, "method must be one of mcts, chain, random, beam, policy-gradient, spread, got"),
         ({"simulations": -1}, "simulations must be an integer of 0 or more, got -1"),
         ({"simulations": 2.5}, "got 2.5"),
         ({"simulations": True}, "got True"),
@@ -170,6 +171,10 @@ def test_a_prior_is_followed(method):
         ({"method": "beam", "options": {"depth": 2.0}}, "type int, got 2.0"),
         ({"method": "beam", "options": {"depth": True}}, "type int, got True"),
         ({"method": "random", "options": {"edits": 0}}, "'edits' of method 'random' must be 1 or more"),
+        ({"method": "spread", "options": {"skips": 0}}, "'skips' of method 'spread' must be 1 or more, got 0"),
+        ({"method": "spread", "options": {"repeats": -1}}, "'repeats' of method 'spread' must be 0 or more, got -1"),
+        ({"method": "spread", "options": {"sharpness": -0.5}}, "'sharpness' of method 'spread' must be 0.0 or more"),
+        ({"method": "spread", "options": {"runs": -0.1}}, "'runs' of method 'spread' must be 0.0 or more"),
         ({"method": "policy-gradient", "options": {"budget": 0}}, "'budget' must be above 0 and up to 2"),
         ({"method": "policy-gradient", "options": {"edited": 1.0}}, "'edited' must be between 0 and 1"),
         ({"method": "policy-gradient", "options": {"learning_rate": -1.0}}, "'learning_rate'"),
@@ -356,6 +361,70 @@ def test_random_search_draws_numbers_of_edits_evenly():
     assert len(one_edit & set(asked)) > 0.75 * len(one_edit)  # 89 of them, about 200 draws
     assert max(map(edited, asked)) == 6
     assert sum(map(edited, asked)) / len(asked) == pytest.approx(3, abs=0.4)
+
+
+def spread(options, weights=None, simulations=600, num_layers=LAYERS, **changes):
+    prior = "none" if weights is None else "kl"
+    config = replace(OPEN, method="spread", simulations=simulations, options=options, prior=prior, **changes)
+    return run(FLAT, config, 1, num_layers=num_layers, prior=weights)[1]
+
+
+def test_spread_paths_are_spread_evenly():
+    """Over numbers of skips and of repeats, and over blocks."""
+    asked = spread({"skips": 6, "repeats": 2, "runs": 0.0}, simulations=1500)
+    skips, repeats = [path.count(0) for path in asked], [path.count(2) for path in asked]
+    # One skip has 30 paths only, of which few are left after a while.
+    shares = [skips.count(m) / len(asked) for m in range(2, 7)]
+    assert max(skips) == 6 and min(skips) == 1 and all(abs(share - 0.18) < 0.04 for share in shares)
+    assert [repeats.count(m) / len(asked) for m in range(4)] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0], abs=0.04)
+    of_block = [sum(path[block] == 0 for path in asked) / sum(skips) for block in range(LAYERS)]
+    assert max(abs(share - 1 / LAYERS) for share in of_block) < 0.012
+
+
+def test_spread_paths_follow_the_prior():
+    """A block of weight 3 is drawn three times as often as one of weight 1; sharpness 2 makes it nine, 0 once."""
+    weights = [(3.0, 1.0) if block < 15 else (1.0, 3.0) for block in range(LAYERS)]
+    for sharpness, ratio in ((0.0, 1), (1.0, 3), (2.0, 9)):
+        options = {"skips": 2, "repeats": 1, "sharpness": sharpness, "runs": 0.0}
+        asked = spread(options, weights, simulations=1000)
+        two = [path for path in asked if path.count(0) == 2]
+        first = sum(path[block] == 0 for path in two for block in range(15))
+        second = sum(path[block] == 2 for path in asked for block in range(15, LAYERS))
+        others = 2 * len(two) - first, sum(path.count(2) for path in asked) - second
+        expected = ratio / (1 + ratio)
+        assert first / (first + others[0]) == pytest.approx(expected, abs=0.06)
+        assert second / (second + others[1]) == pytest.approx(expected, abs=0.06)
+    only = [(1.0, 1.0) if block == 4 else (0.0, 0.0) for block in range(LAYERS)]
+    assert spread({"skips": 3}, only) == [(1,) * 4 + (0,) + (1,) * 25]
+    nothing = spread({"skips": 3}, [(0.0, 0.0)] * LAYERS)
+    assert sorted(nothing) == sorted(path for path in edits(dense_path(LAYERS)) if 2 not in path and path.count(0) == 1)
+
+
+def stretches(path):
+    """Lengths of the runs of skipped blocks."""
+    return [len(run) for run in "".join("s" if times == 0 else "-" for times in path).split("-") if run]
+
+
+def test_spread_paths_with_stretches():
+    """Without a prior a stretch goes on until the skips are used up, the last block, or one that is left out already;
+    with one it ends at a block of weight 0."""
+    whole = spread({"skips": 5, "repeats": 0, "runs": 1.0}, simulations=110)
+    assert sum(len(stretches(path)) == 1 for path in whole) > 0.8 * len(whole)
+    assert {sum(stretches(path)) for path in whole} == {1, 2, 3, 4, 5}
+    assert all(path[-1] == 0 for path in whole if len(stretches(path)) > 1)  # only the end cuts one
+    apart = spread({"skips": 5, "repeats": 0, "runs": 0.0}, simulations=110)
+    assert sum(len(stretches(path)) == 1 for path in apart) < 0.5 * len(apart)
+    weights = [(float(block % 3 > 0), 1.0) for block in range(LAYERS)]
+    pairs = spread({"skips": 6, "runs": 1.0}, weights, simulations=200)
+    assert {length for path in pairs for length in stretches(path)} == {1, 2}
+    assert not any(path[block] == 0 for path in pairs for block in range(0, LAYERS, 3))
+
+
+def test_spread_keeps_a_block_and_ends_when_all_is_known():
+    asked = spread({"skips": 9, "repeats": 0}, num_layers=4)
+    assert sorted(asked) == sorted(path for path in product((0, 1), repeat=4) if 0 < sum(path) < 4)
+    short = spread({"skips": 1, "repeats": 3}, num_layers=6, max_length=1.0)
+    assert max(map(visits, short)) == 6 and len(short) == 6 + 6 * 5
 
 
 def test_the_beam_edits_the_best():

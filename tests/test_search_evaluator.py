@@ -306,6 +306,58 @@ def test_divergence():
     assert found[0].abs() < 1e-6 and found[1:].max() > 0.1
 
 
+@torch.no_grad()
+def divergences(model, context, choices, paths):
+    """[P], by hand: over all tokens of the choices, those that choices begin with in common once."""
+    before, alone, rows = TOKENIZER.encode(context), [edited(model, path) for path in [(1,) * LAYERS, *paths]], []
+    seen = set()
+    for choice in choices:
+        after = TOKENIZER.encode(choice)
+        places = [i for i in range(len(after)) if tuple(after[:i]) not in seen]
+        seen |= {tuple(after[:i]) for i in places}
+        ids = torch.tensor([before + after])
+        logp = [m(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1) for m in alone]
+        for place in places:
+            at = len(before) - 1 + place
+            dense = logp[0][at]
+            rows.append([float((dense.exp() * (dense - other[at])).sum()) for other in logp[1:]])
+    return torch.tensor(rows).mean(0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
+def test_measuring_many_is_scoring_and_divergence(family):
+    model = tiny(family)
+    requests = [
+        (CONTEXT, CHOICES, some_paths(4)),
+        ("A", ["bcd"], some_paths(2, seed=1)),
+        (CONTEXT, CHOICES, [(0, 1, 1, 2)]),  # of a prompt that is there already
+        ("Half of the moon", [" is", " was"], (1, 1, 0, 1)),  # one path
+    ]
+    for size in STORES.values():
+        evaluator = PathEvaluator(model, TOKENIZER, store_bytes=size, max_tokens=200)
+        for _ in range(2):
+            for (context, choices, paths), (scores, kl) in zip(requests, evaluator.measure_many(requests), strict=True):
+                paths = [paths] if isinstance(paths[0], int) else paths
+                assert scores.dtype == kl.dtype == torch.float32 and kl.shape == (len(paths),)
+                expected = one_by_one(model, context, choices, paths)
+                torch.testing.assert_close(scores, expected, atol=5e-4, rtol=0)
+                torch.testing.assert_close(kl, divergences(model, context, choices, paths), atol=2e-4, rtol=1e-3)
+
+
+def test_measuring_runs_each_forward_once():
+    """Scores and divergences together cost what divergences alone do; the dense reference is not counted."""
+    model, paths = tiny("llama"), some_paths(5)
+    alone, both = (PathEvaluator(model, TOKENIZER, store_bytes=0) for _ in range(2))
+    kl = alone.divergence(CONTEXT, CHOICES, paths)
+    ((scores, same),) = both.measure_many([(CONTEXT, CHOICES, paths)])
+    assert torch.equal(kl, same) and both.stats == alone.stats and both.stats.paths == len(set(paths))
+    assert both.stats.visits == distinct_visits(paths)
+    torch.testing.assert_close(scores, alone.score_choices(CONTEXT, CHOICES, paths))
+    assert both.measure_many([]) == []
+    with pytest.raises(ValueError, match="choices must be a list"):
+        both.measure_many([(CONTEXT, " north", paths)])
+
+
 def test_the_model_is_left_as_it_was():
     model, paths = tiny("llama", attention_dropout=0.5), some_paths(3)
     kinds = [type(module) for module in model.modules()]

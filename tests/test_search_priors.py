@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from characters import Characters
 from families import LAYERS, tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import edited
 from torch import nn
 
 from drllm_fast.influence import CRITERIA, StaticPolicy, influences
-from drllm_fast.search.priors import block_weights, edit_prior
+from drllm_fast.search.priors import block_weights, edit_divergences, edit_prior
 from drllm_fast.search.searcher import Outcome, make_searcher
 from drllm_fast.search.unit import SearchConfig
 
@@ -50,6 +52,48 @@ def test_of_a_model(model, kind):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     search = make_searcher(SearchConfig(prior=kind), LAYERS, Outcome(0.0, False), 0, prior)
     assert search.ask(1)
+
+
+@torch.no_grad()
+def divergence(model, path, text):
+    """KL(dense || path) a token of the second half of a text, by hand."""
+    words = text.split()
+    before = Characters().encode(" ".join(words[: len(words) // 2]))
+    after = Characters().encode(" " + " ".join(words[len(words) // 2 :]))
+    ids = torch.tensor([before + after])
+    dense, other = (m(input_ids=ids, use_cache=False).logits[0].double() for m in (model, edited(model, path)))
+    log_p, log_q = dense.log_softmax(-1), other.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)[len(before) - 1 : -1].mean().item()
+
+
+def test_kl_measures_each_edit(model):
+    texts = [*TEXTS, "a third one"]
+    skip, repeat = edit_divergences(model, Characters(), texts)
+    for times, found in ((0, skip), (2, repeat)):
+        for block in range(LAYERS):
+            path = [times if layer == block else 1 for layer in range(LAYERS)]
+            expected = sum(divergence(model, path, text) for text in texts) / len(texts)
+            assert found[block] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert edit_prior(model, Characters(), "kl", texts=texts) == list(
+        zip(block_weights(skip), block_weights(repeat), strict=True)
+    )
+    cut, _ = edit_divergences(model, Characters(), [TEXTS[1]], max_tokens=6)
+    assert cut == pytest.approx(edit_divergences(model, Characters(), [" ".join(TEXTS[1].split()[:6])])[0])
+    assert cut != pytest.approx(edit_divergences(model, Characters(), TEXTS[1:])[0], rel=0.01)
+
+
+def test_kl_tells_skips_from_repeats(model):
+    """A block that adds nothing may be skipped and repeated at will; one that adds its share at once only skipped."""
+    idle = model.model.layers[1]
+    nn.init.zeros_(idle.self_attn.o_proj.weight)
+    nn.init.zeros_(idle.mlp.down_proj.weight)
+    weights = edit_prior(model, Characters(), "kl", texts=TEXTS)
+    assert weights[1] == pytest.approx((2.0, 2.0), abs=1e-4)
+    assert max(skip for skip, _ in weights[2:] + weights[:1]) < 1.99
+    assert any(abs(skip - repeat) > 0.05 for skip, repeat in weights)
+    assert not hasattr(model.get_decoder(), "_drllm_routing")
+    search = make_searcher(SearchConfig(method="spread", prior="kl"), LAYERS, Outcome(0.0, False), 0, weights)
+    assert search.ask(3)
 
 
 def test_none_needs_no_model():

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from families import LAYERS, tiny
@@ -205,6 +206,44 @@ def test_guarded_prompts_bound_what_can_be_reached():
     assert calibrate(model, routers, texts, budgets=[1.0], progress=False).source["guarded"] == 1
     with pytest.raises(ValueError, match="none of the budgets 0.9 .* 1 of which are guarded; the shares found are 1"):
         calibrate(model, routers, texts, budgets=[0.9], progress=False)
+
+
+def hilly(penalty):
+    """A share with many hills."""
+    return 0.8 - 0.3 * math.tanh(penalty) + 0.1 * math.sin(9 * penalty)
+
+
+def one_hill(penalty):
+    """A share on straight lines: at -0.5 it has what it has at -1.2, and -1 is measured before either."""
+    return float(np.interp(penalty, [-2, -1, -0.5, 0, 2], [1.2, 0.7, 0.8, 0.5, 0]))
+
+
+@pytest.mark.parametrize("share, budgets", [(hilly, [0.6 + 0.01 * i for i in range(45)]), (one_hill, [0.6, 0.7, 0.8])])
+def test_shares_that_rise_with_the_penalty(monkeypatch, share, budgets):
+    """Blocks that see less may skip less. Penalties fall nevertheless."""
+
+    def measured(model, prompts, listening, **named):
+        listening.logits.append(torch.zeros(1, 3))  # that say nothing
+        return torch.full((len(prompts), LAYERS), share(listening.routers.penalty), dtype=torch.float64)
+
+    monkeypatch.setattr(module, "route_paths", measured)
+    table = calibrate(TINY, untrained(TINY), [[3, 4]], budgets=budgets, tolerance=0.002, progress=False)
+    assert len(table.budgets) > 0.9 * len(budgets)
+    assert list(table.penalties) == sorted(table.penalties, reverse=True)
+    for budget, penalty in zip(table.budgets, table.penalties, strict=True):
+        assert share(penalty) == pytest.approx(budget, abs=0.002)
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_one_block_is_met_at_once(guarded):
+    """What block 0 reads does not depend on the penalty, so that logits say where each budget is."""
+    model, (texts, _) = tiny("llama", num_hidden_layers=1), mixture(300, seed=10)
+    routers = untrained(model, scale=4.0)
+    routers.guard = fit_guard(model, texts, prototypes=4, quantile=0.6) if guarded else None
+    for budget in (0.7, 0.9, 1.3):
+        source = calibrate(model, routers, texts, budgets=[budget], progress=False).source
+        assert source["measurements"] <= 2 and source["kept"] == pytest.approx([budget], abs=0.005)
+        assert source["guarded"] == pytest.approx(0.4 if guarded else 0, abs=0.01)
 
 
 def test_few_measurements(deep, monkeypatch):

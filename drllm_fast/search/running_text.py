@@ -70,7 +70,7 @@ def _documents(path: Path) -> list[str]:
 def _joined(text: str) -> str:
     """WikiText as it was written, as far as that can be told."""
     text = re.sub(r" @([-,.])@ ", r"\1", text)
-    text = re.sub(r" ([,.;:!?)\]%]|'s\b|n't\b)", r"\1", text)
+    text = re.sub(r" ([,.;:!?)\]%]|'(?:s|t|re|ve|ll|d|m)\b|n't\b)", r"\1", text)
     text = re.sub(r"([(\[$£]) ", r"\1", text)
     return re.sub(r'" ([^"\n]*?) "', r'"\1"', text)
 

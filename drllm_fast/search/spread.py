@@ -36,6 +36,8 @@ class SpreadSearch(BaseSearch):
         left = count
         while left and (free := [block for block, times in enumerate(path) if times == EXECUTE]):
             weights = [self._block_weight(block, to) for block in free]
+            if not any(weights) and path != list(self.dense):
+                return  # blocks of weight 0 are left alone, but a path must differ from the dense one
             block = self.rng.choices(free, weights if any(weights) else None)[0]
             path[block], left = to, left - 1
             while runs and left and block + 1 < len(path) and path[block + 1] == EXECUTE:

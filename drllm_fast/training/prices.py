@@ -143,21 +143,22 @@ class CostModel:
         progress: bool = True,
     ) -> tuple[CostModel, dict[str, Any]]:
         """The model of all prompts, and how well it foretells a tenth of them that it was not fitted to: R2 of the
-        square root of the cost, over all and within each group, beside those of a model without features."""
+        square root of the cost by a single member, over all and within each group, beside that of one without
+        features."""
         generator = torch.Generator().manual_seed(seed)
         held = torch.rand(len(z), generator=generator) < 0.1
         out = measured.costs.sign() * measured.costs.abs().sqrt()
         blind = torch.zeros_like(z)
-        options = {"members": members, "width": width, "epochs": epochs, "batch": batch}
+        options = {"width": width, "epochs": epochs, "batch": batch, "seed": seed, "progress": progress}
         quality: dict[str, Any] = {}
         test = held[measured.owner]
         if test.any() and not test.all():
             for name, given in (("features", z), ("paths alone", blind)):
-                weights = _train(given, measured, out, ~test, seed=seed, progress=progress, **options)
+                weights = _train(given, measured, out, ~test, members=1, **options)
                 told = _forward(weights, _inputs(given[measured.owner[test]], measured.paths[test])).mean(0)
                 quality[name] = _r2(told, out[test], [measured.groups[i] for i in measured.owner[test].tolist()])
         everything = torch.ones(len(out), dtype=torch.bool)
-        weights = _train(z, measured, out, everything, seed=seed, progress=progress, **options)
+        weights = _train(z, measured, out, everything, members=members, **options)
         return cls(weights, spread), quality
 
 
