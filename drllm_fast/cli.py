@@ -19,6 +19,7 @@ from drllm_fast.cli_calibrate import calibrate
 from drllm_fast.cli_eval import evaluate
 from drllm_fast.cli_models import SMOLLM2, Dtype, check_model, find_device, load_model
 from drllm_fast.cli_policies import POLICY_HELP, Criterion, apply_policy, parse_policy
+from drllm_fast.cli_refine import refine
 from drllm_fast.cli_search import search
 from drllm_fast.cli_train import train
 
@@ -197,6 +198,7 @@ def generate(
 
 app.command()(clean_errors(search))
 app.command()(clean_errors(train))
+app.command()(clean_errors(refine))
 app.command()(clean_errors(calibrate))
 app.command("eval")(clean_errors(evaluate))
 

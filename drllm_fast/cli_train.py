@@ -236,7 +236,7 @@ def learn_prices(model: Any, tokenizer: Any, stores: list[Path], output: Path, *
     )
     work = output / WORK
     work.mkdir(parents=True, exist_ok=True)
-    with _going_on(output):
+    with going_on(output / WORK):
         return price_lesson(model, measured, file=work / "dense.bin", **options)
 
 
@@ -268,7 +268,7 @@ def run_training(
     work = output / WORK
     work.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
-    with _going_on(output), make_tracker(tracker, output) as log:
+    with going_on(output / WORK), make_tracker(tracker, output) as log:
         pooled = pool_examples(
             model,
             [example.tokens for example in examples],
@@ -287,7 +287,7 @@ def run_training(
         routers.training_set = training_set_hash(examples)
         routers.grader = ", ".join(sorted({example.grader for example in examples if example.grader})) or None
         routers.save_pretrained(output)
-        _write_report(
+        write_report(
             output / REPORT,
             about
             | {
@@ -304,20 +304,20 @@ def run_training(
     typer.echo(f"the routers are in {output}, the report in {output / REPORT}", err=True)
 
 
-def check_output(output: Path) -> None:
-    """ValueError unless the folder is new, empty, or of a training."""
+def check_output(output: Path, work: str = WORK, of: str = "training") -> None:
+    """ValueError unless the folder is new, empty, or of a training, which has the folder `work` in it."""
     if output.is_file():
         raise ValueError(f"--output {output} is a file; give a folder")
-    if output.is_dir() and not (output / WORK).is_dir():
+    if output.is_dir() and not (output / work).is_dir():
         if found := sorted(os.listdir(output)):
             raise ValueError(
-                f"--output {output} is not empty and no output of a training: it has {', '.join(found[:5])}. Give a "
+                f"--output {output} is not empty and no output of a {of}: it has {', '.join(found[:5])}. Give a "
                 "new folder"
             )
 
 
 @contextlib.contextmanager
-def _going_on(output: Path) -> Iterator[None]:
+def going_on(work: Path) -> Iterator[None]:
     """Ctrl-C, and SIGTERM, end in a message that says how to go on."""
     from drllm_fast.search.interrupts import Interrupts
 
@@ -326,11 +326,11 @@ def _going_on(output: Path) -> Iterator[None]:
             yield
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"interrupted; what was done is kept in {output / WORK}, run the same command to go on"
+                f"interrupted; what was done is kept in {work}, run the same command to go on"
             ) from None
 
 
-def _write_report(file: Path, report: dict[str, Any]) -> None:
+def write_report(file: Path, report: dict[str, Any]) -> None:
     from drllm_fast.search.atomic import written
 
     with written(file) as out:

@@ -15,7 +15,7 @@ from drllm_fast.training.advantages import Prices, leave_one_out, normalised, sl
 from drllm_fast.training.bracket import bracket
 from drllm_fast.training.calibrate import fit_guard
 from drllm_fast.training.draws import budget_costs, draw, gumbel, log_probabilities
-from drllm_fast.training.refine import path_log_probability
+from drllm_fast.training.refine_state import path_log_probability
 from drllm_fast.training.windows import pool_examples
 
 LENGTHS = [9, 1, 17, 8, 3, 24]

@@ -9,5 +9,6 @@ metrics      what a fit reports
 trackers     where it reports to
 prices       what leaving out a block costs, fitted to measured paths
 calibrate    the table of budgets and penalties
-refine       policy gradient on the routers
+refine       policy gradient on the routers, so that they go together: refine_state, a step; draws, paths from the
+             routers' own probabilities; path_values, what they are worth; advantages; bracket, figures at a budget
 """

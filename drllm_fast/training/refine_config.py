@@ -15,7 +15,7 @@ class RefineConfig:
 
     reward         what a path is worth, as in `drllm_fast.search.rewards`: "kl" needs no right answer, "margin" two
                    choices, "loglik" the right answer
-    budgets        shares of the dense model's visits, all of which the same routers are to serve
+    budgets        shares of the dense model's visits, all of which the same routers are to serve; kept rising
     steps          of the optimiser
     batch_size     prompts a step, each at one of the budgets, at least as many as there are budgets
     samples        paths drawn for each of them, at least 2
@@ -33,7 +33,7 @@ class RefineConfig:
     """
 
     reward: str = "kl"
-    budgets: tuple[float, ...] = (0.95, 0.9, 0.8)
+    budgets: tuple[float, ...] = (0.8, 0.9, 0.95)
     steps: int = 400
     batch_size: int = 16
     samples: int = 8
@@ -50,8 +50,8 @@ class RefineConfig:
         if self.reward not in REWARDS:
             raise ValueError(f"reward must be one of {', '.join(REWARDS)}, got {self.reward!r}")
         if isinstance(self.budgets, Real | str) or not all(isinstance(budget, Real) for budget in self.budgets):
-            raise TypeError(f"budgets must be numbers such as (0.95, 0.9, 0.8), got {self.budgets!r}")
-        object.__setattr__(self, "budgets", tuple(map(float, self.budgets)))
+            raise TypeError(f"budgets must be numbers such as (0.8, 0.9, 0.95), got {self.budgets!r}")
+        object.__setattr__(self, "budgets", tuple(sorted(map(float, self.budgets))))
         alike = len(set(self.budgets)) < len(self.budgets)
         if not self.budgets or alike or not all(0 < budget < 2 for budget in self.budgets):
             raise ValueError(
