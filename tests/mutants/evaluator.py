@@ -80,8 +80,8 @@ MUTANTS = [
     ),
     (  # the sum over the places, not their mean
         "drllm_fast/search/evaluator.py",
-        "(reference - logp)).sum(-1).mean()",
-        "(reference - logp)).sum(-1).sum()",
+        "torch.linalg.vecdot(reference, logp)).mean()",
+        "torch.linalg.vecdot(reference, logp)).sum()",
         f"{EVALUATOR} -k divergence",
     ),
     (  # a repeat's row is counted from 1
