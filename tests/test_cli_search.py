@@ -75,7 +75,8 @@ def test_a_limit_may_be_raised(models, tmp_path):
 def test_methods_and_rewards(models, tmp_path, method):
     """Every method once, and every reward once, on a store of Parquet."""
     number = [method.value for method in cli_search.Method].index(method)
-    reward = [reward.value for reward in cli_search.Reward][number]
+    rewards = [reward.value for reward in cli_search.Reward]
+    reward = rewards[number % len(rewards)]
     more = ["--method", method, "--reward", reward, "--store", "parquet", "--together", 2]
     result = ended(search(models["tiny"], quiz(tmp_path / "quiz.jsonl", 3), tmp_path / "out", *more))
     assert method in result.stdout and reward in result.stdout and "(parquet)" in result.stderr
@@ -205,7 +206,7 @@ def test_another_model_other_content_and_other_folders_are_refused(done, tmp_pat
         (["--max-length", "3"], ["--max-length"]),
         (["--seed", 2**63], ["--seed"]),
         (["--grader", "teacher"], ["unknown grader 'teacher'", "math-verify"]),
-        (["--prior", "hunch"], ["--prior hunch: write none, block-influence or cka"]),
+        (["--prior", "hunch"], ["--prior hunch: write none, block-influence, cka or kl"]),
         (["--levels", "easy"], ["levels 'easy'; write them as"]),
         (["--levels", "7"], ["no rows of the levels [7]; there are [1, 2]"]),
         (["--shots", "9"], ["9 solved examples were asked for", "--examples"]),
