@@ -19,7 +19,7 @@ from drllm_fast.cli_models import SMOLLM2, Dtype, check_model, find_device, load
 
 WORK = "training"  # folder in the output: the windows and the state of the fit
 REPORT = "report.json"
-STATIC = "static.json"  # the order of blocks that all prompts share, to compare with: a static policy
+STATIC = "prices.json"  # the order of blocks that all prompts share, to compare with: a static policy
 
 
 class Targets(str, Enum):

@@ -220,7 +220,7 @@ def test_the_command_learns_prices(priced, tmp_path):
     report = json.loads((tmp_path / "routers" / "report.json").read_text())
     assert report["paths"] == ["kl", "more"] and report["measured_paths"] == 288
     assert all(len(blocks) == 2 for blocks in report["left_out_first"].values())
-    static = StaticPolicy.load(tmp_path / "routers" / "static.json")
+    static = StaticPolicy.load(tmp_path / "routers" / "prices.json")
     assert static.criterion == "prices" and len(static.order) == 2
 
     # A penalty is a threshold on places: between k and k + 1 it leaves out about k blocks.
