@@ -111,7 +111,7 @@ def test_an_empty_context_is_the_prefix_token():
     assert context_tokens(TOKENIZER, replace(item, prompt="ab ")) == tuple(TOKENIZER.encode("ab"))
 
 
-def test_masks_run_at_least_as_much_as_the_routers_beside_them(model, items, policy):
+def test_masks_run_as_much_as_the_routers_beside_them(model, items, policy):
     found = compete(model, items, policy)
     orders = {
         name: StaticPolicy.calibrate(model, TOKENIZER, budget=1 / LAYERS, criterion=name, progress=False).order
@@ -123,16 +123,20 @@ def test_masks_run_at_least_as_much_as_the_routers_beside_them(model, items, pol
         own = [i for i, item in enumerate(items) if group_of(item) == group]
         for budget in BUDGETS:
             [routed] = [c for c in found if c.kind == "routers" and c.budget == budget]
-            mean = sum(sum(routed.paths[i]) for i in own) / len(own)
-            size = LAYERS - min(LAYERS, max(1, math.ceil(mean)))
-            seen.add(size)
+            run = sum(sum(routed.paths[i]) for i in own)
             for c in found:
-                if c.kind in ("static", "random") and c.budget == budget:
-                    [path] = {c.paths[i] for i in own}
-                    left = {block for block, times in enumerate(path) if not times}
-                    assert set(path) <= {0, 1} and len(left) == size
+                if c.kind not in ("static", "random") or c.budget != budget:
+                    continue
+                lengths = [sum(c.paths[i]) for i in own]
+                assert sum(lengths) == min(max(run, len(own)), LAYERS * len(own))
+                assert max(lengths) - min(lengths) <= 1
+                assert len({c.paths[i] for i in own}) == len(set(lengths))  # one mask for each length
+                seen |= set(lengths)
+                for i in own:
+                    left = {block for block, times in enumerate(c.paths[i]) if not times}
+                    assert set(c.paths[i]) <= {0, 1}
                     if c.kind == "static":
-                        assert left == set(orders[c.name][:size])
+                        assert left == set(orders[c.name][: len(left)])
     assert len(seen) > 2  # tasks and budgets do differ
 
 

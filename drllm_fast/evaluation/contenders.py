@@ -2,16 +2,17 @@
 
     dense     all blocks, once
     routers   what the routers choose at a budget; they read the prompt, never an answer
-    static    one mask for all items of a task, blocks left out in the order of a ranking
+    static    a mask that no item chooses, blocks left out in the order of a ranking
     random    masks that leave out as many blocks, drawn blindly
 
-A static or random mask stands beside a row of the routers and never runs less: on each task it leaves out as many
-blocks as it can while it runs at least as many visits as the routers' mean on that task. Without routers the budgets
-themselves say how many.
+A static or random mask stands beside a row of the routers and runs as many visits on each task: as the routers' mean is
+no whole number, some of the items, drawn by the seed, run one block more than the others. Without routers the budgets
+themselves say how many blocks are left out.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from drllm_fast.decoder import decoder_of, unwrap
-from drllm_fast.evaluation.outcomes import Group, group_of
+from drllm_fast.evaluation.outcomes import group_of
 from drllm_fast.influence import CRITERIA, StaticPolicy, skipped_blocks
 from drllm_fast.paths import route_paths
 from drllm_fast.router_reference import EXECUTE, SKIP
@@ -41,7 +42,7 @@ class Contender:
     kind    "dense", "routers", "static" or "random"
     name    what tells contenders of one kind apart, such as the criterion of a static mask
     budget  the share of the L visits that was asked for, None of the dense model
-    paths   one for each item; of a static or random mask the same for all items of a task
+    paths   one for each item; of a static or random mask two for the items of a task, one block apart
     """
 
     kind: str
@@ -97,34 +98,35 @@ def context_tokens(tokenizer: Any, item: Item) -> tuple[int, ...]:
 
 
 def sizes(
-    items: Sequence[Item], num_layers: int, budgets: Sequence[float], routers: Sequence[Contender]
-) -> dict[float, dict[Group, int]]:
-    """By budget and task, how many blocks a mask leaves out: all but the routers' mean visits, rounded up (all but one,
-    where they run less), or what the budget says where there are no routers."""
-    groups = [group_of(item) for item in items]
+    items: Sequence[Item], num_layers: int, budgets: Sequence[float], routers: Sequence[Contender], seed: int = 0
+) -> dict[float, list[int]]:
+    """By budget, how many blocks a mask leaves out for each item: on each task as many in all as the routers do (none
+    where they run more than L, all but one where they run less), or what the budget says where there are no routers."""
     if not routers:
-        return {budget: dict.fromkeys(groups, skipped_blocks(budget, num_layers)) for budget in budgets}
-    found: dict[float, dict[Group, int]] = {}
+        return {budget: [skipped_blocks(budget, num_layers)] * len(items) for budget in budgets}
+    groups = [group_of(item) for item in items]
+    found: dict[float, list[int]] = {}
     for contender in routers:
+        left_out = [0] * len(items)
         for group in dict.fromkeys(groups):
-            own = [visits(path) for path, other in zip(contender.paths, groups, strict=True) if other == group]
-            mean = -(-sum(own) // len(own))
-            found.setdefault(contender.budget, {})[group] = num_layers - min(max(mean, 1), num_layers)
+            members = [number for number, other in enumerate(groups) if other == group]
+            run = sum(visits(contender.paths[number]) for number in members)
+            each, more = divmod(min(max(run, len(members)), num_layers * len(members)), len(members))
+            drawn = sorted(members, key=lambda i: hashlib.sha256(f"{seed}/{items[i].id}".encode()).digest())
+            longer = set(drawn[:more])  # by a hash, so that the order of the items does not matter
+            for number in members:
+                left_out[number] = num_layers - each - (number in longer)
+        found[contender.budget] = left_out
     return found
 
 
 def masked(
-    kind: str,
-    name: str,
-    items: Sequence[Item],
-    num_layers: int,
-    sizes: Mapping[float, Mapping[Group, int]],
-    order: Mapping[int, Sequence[int]],
+    kind: str, name: str, num_layers: int, sizes: Mapping[float, Sequence[int]], order: Mapping[int, Sequence[int]]
 ) -> list[Contender]:
     """Masks of the wanted sizes, one contender a budget. order: for each size the blocks to leave out."""
     return [
-        Contender(kind, name, budget, tuple(mask(order[skipped[group_of(item)]], num_layers) for item in items))
-        for budget, skipped in sizes.items()
+        Contender(kind, name, budget, tuple(mask(order[size], num_layers) for size in each))
+        for budget, each in sizes.items()
     ]
 
 
@@ -193,8 +195,8 @@ def contenders(
     found = [dense(items, layers)]
     if routers is not None:
         found += routed(model, tokenizer, items, routers, budgets, max_tokens=max_tokens, progress=progress)
-    wanted = sizes(items, layers, budgets, found[1:])
-    left_out = sorted({size for by_group in wanted.values() for size in by_group.values()})
+    wanted = sizes(items, layers, budgets, found[1:], seed)
+    left_out = sorted({size for each in wanted.values() for size in each})
     for name, ranking in ranked.items():
         if isinstance(ranking, str):
             ranking = StaticPolicy.calibrate(
@@ -206,8 +208,8 @@ def contenders(
                 f"be left out; calibrate it with budget={1 - left_out[-1] / layers:.3g}, or ask for larger budgets"
             )
         order = {size: ranking.order[:size] for size in left_out}
-        found += masked("static", name, items, layers, wanted, order)
+        found += masked("static", name, layers, wanted, order)
     for number in range(random_masks):
         order = random_orders(layers, left_out, seed, number)
-        found += masked("random", "random", items, layers, wanted, order)
+        found += masked("random", "random", layers, wanted, order)
     return found

@@ -52,8 +52,8 @@ def _setting(figures: dict[str, Any]) -> Section:
     )
     if any(row["kind"] == "routers" for task in figures["tasks"] for row in task["rows"]):
         note += (
-            " Routers read the prompt only. Static and random masks run at least as many visits as the routers' mean "
-            "beside them."
+            " Routers read the prompt only. Static and random masks run as many visits as the routers beside them, "
+            "some items one block more than others."
         )
     return Section("Evaluation", note, ("", "value"), rows)
 
