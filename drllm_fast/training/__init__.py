@@ -1,7 +1,8 @@
 """Training routers: from searched paths, or from prices of blocks, to a checkpoint that keeps a budget.
 
 examples     prompts with their labels, from what a search stored
-windows      what the routers see: pooled windows of every block, from one pass of the frozen model; window_file, on disk
+windows      what the routers see: pooled windows of every block, from one pass of the frozen model
+window_file  the same on disk
 loss         the published loss and its alternatives
 fit          trains all routers of a model together on stored windows: fit_config, fit_inputs (checks), fit_checkpoint,
              fit_report; descent, the optimiser; groups, robust sampling
