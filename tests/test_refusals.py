@@ -162,7 +162,7 @@ def test_nan_hidden_states_reach_a_router(model):
     with pytest.raises(ValueError, match=r"layer 0: the hidden states of rows \[1\] are not finite"):
         model(inputs_embeds=embeds, past_key_values=cache)
     assert type(cache) is DynamicCache and cache.get_seq_length() == 0
-    with pytest.raises(ValueError, match="keeps no budget"):
+    with pytest.raises(ValueError, match="no table of budgets"):
         model.routing.budget = 0.5
 
 
