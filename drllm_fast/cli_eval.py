@@ -184,6 +184,7 @@ def _budgets(text: str | None) -> list[float] | None:
 def _check_compared(routers: str | None, static: list[str], random: int, budgets: str | None, oracle: bool) -> None:
     """What can be said before anything heavy is loaded."""
     from drllm_fast.influence import CRITERIA
+    from drllm_fast.router_files import bundled_routers
 
     for given in static:
         if given.endswith(".json"):
@@ -191,8 +192,9 @@ def _check_compared(routers: str | None, static: list[str], random: int, budgets
                 raise typer.BadParameter(f"--static {given}: no such file")
         elif given not in CRITERIA:
             raise typer.BadParameter(f"--static {given}: write {' or '.join(CRITERIA)}, or a static policy's .json")
-    if routers is not None and "/" not in routers and not Path(routers).is_dir():
-        raise typer.BadParameter(f"--routers {routers}: no such folder")
+    known = routers is None or "/" in routers or Path(routers).is_dir() or routers in bundled_routers()
+    if not known:
+        raise typer.BadParameter(f"--routers {routers}: no such folder; bundled are {', '.join(bundled_routers())}")
     if not (routers or static or random) and (budgets is not None or oracle):
         name = "--oracle" if budgets is None else "--budgets"
         raise typer.BadParameter(f"{name}: nothing to compare; add --routers CHECKPOINT, --static or --random")

@@ -55,7 +55,9 @@ def _parse_policy(text: str) -> tuple[str, Any]:
         if not Path(text).is_file():
             raise typer.BadParameter(f"--policy {text}: no such file")
         return "file", text
-    if "/" not in text and not Path(text).is_dir():
+    from drllm_fast.router_files import bundled_routers
+
+    if "/" not in text and not Path(text).is_dir() and text not in bundled_routers():
         raise typer.BadParameter(f"--policy {text}: no such folder, nor any of: {POLICY_HELP}")
     return "checkpoint", text
 

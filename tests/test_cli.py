@@ -350,6 +350,14 @@ def test_demo(tmp_path):
     assert "skips" in out and "static path against all blocks: " in out
 
 
+def test_bundled_routers_are_known_by_name():
+    from drllm_fast.cli_eval import _check_compared
+    from drllm_fast.cli_policies import parse_policy
+
+    assert parse_policy("smollm2-135m-instruct", 0.9) == ("checkpoint", ("smollm2-135m-instruct", 0.9))
+    _check_compared("smollm2-135m-instruct", [], 0, "0.9", False)
+
+
 def test_demo_calibrates_once_and_again_for_what_its_file_does_not_serve(tiny, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
