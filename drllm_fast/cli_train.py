@@ -236,7 +236,7 @@ def learn_prices(model: Any, tokenizer: Any, stores: list[Path], output: Path, *
     )
     work = output / WORK
     work.mkdir(parents=True, exist_ok=True)
-    with going_on(output / WORK):
+    with going_on(work):
         return price_lesson(model, measured, file=work / "dense.bin", **options)
 
 
@@ -268,7 +268,7 @@ def run_training(
     work = output / WORK
     work.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
-    with going_on(output / WORK), make_tracker(tracker, output) as log:
+    with going_on(work), make_tracker(tracker, output) as log:
         pooled = pool_examples(
             model,
             [example.tokens for example in examples],

@@ -29,7 +29,7 @@ from drllm_fast.paths import route_paths
 from drllm_fast.router_reference import EXECUTE, SKIP
 from drllm_fast.routing import set_budget
 from drllm_fast.search.paths import LayerPath, dense_path, visits
-from drllm_fast.search.tokens import encode_pair, encode_prompt
+from drllm_fast.search.tokens import encode_context
 from drllm_fast.search.unit import Item
 
 BUDGETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
@@ -92,9 +92,7 @@ def routed(
 
 def context_tokens(tokenizer: Any, item: Item) -> tuple[int, ...]:
     """What a policy may read of an item: the tokens before its answer, alike for all of its choices."""
-    if item.choices is None:
-        return tuple(encode_prompt(tokenizer, item.prompt))
-    return tuple(encode_pair(tokenizer, item.prompt, item.choices[0])[0])
+    return tuple(encode_context(tokenizer, item.prompt, choices=item.choices is not None))
 
 
 def sizes(
