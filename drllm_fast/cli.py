@@ -1,4 +1,4 @@
-"""The command `drllm-fast`: demo, generate, search, train, refine, calibrate, eval, info.
+"""The command `drllm-fast`: demo, generate, search, order, train, refine, calibrate, eval, info.
 
 A user's errors are one line on stderr and exit status 2.
 """
@@ -18,6 +18,7 @@ import typer
 from drllm_fast.cli_calibrate import calibrate
 from drllm_fast.cli_eval import evaluate
 from drllm_fast.cli_models import SMOLLM2, Dtype, check_model, find_device, load_model
+from drllm_fast.cli_order import order
 from drllm_fast.cli_policies import POLICY_HELP, Criterion, apply_policy, parse_policy
 from drllm_fast.cli_refine import refine
 from drllm_fast.cli_search import search
@@ -197,6 +198,7 @@ def generate(
 
 
 app.command()(clean_errors(search))
+app.command()(clean_errors(order))
 app.command()(clean_errors(train))
 app.command()(clean_errors(refine))
 app.command()(clean_errors(calibrate))

@@ -69,6 +69,13 @@ def train(
             "repeated."
         ),
     ] = None,
+    orders: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Or learn which kind of prompt needs which blocks, from a folder of drllm-fast order for each "
+            "kind; may be repeated."
+        ),
+    ] = None,
     targets: Annotated[
         Targets,
         typer.Option(
@@ -165,13 +172,14 @@ def train(
         ),
     ] = TrackerKind.auto,
 ) -> None:
-    """Train routers on the paths, or the prices, that searches found, and write them as a checkpoint.
+    """Train routers on paths or prices that searches found, or on orders of blocks, and write them as a checkpoint.
 
     The frozen model reads every prompt once, along its path; the epochs then run on what the routers saw.
     """
-    if bool(paths) == bool(prices):
-        raise ValueError("give --paths FOLDER, or --prices FOLDER, of a search; one of the two")
+    if sum(map(bool, (paths, prices, orders))) != 1:
+        raise ValueError("give --paths FOLDER or --prices FOLDER of a search, or --orders FOLDER; one of the three")
     from drllm_fast.search.manifest import read
+    from drllm_fast.training.block_order import BlockOrder, order_lesson
     from drllm_fast.training.fit_config import FitConfig
 
     check_model(model)
@@ -181,9 +189,9 @@ def train(
         cvar=cvar, validation=validation, seed=seed,
     )  # fmt: skip
     where = find_device(device)
-    folders = paths or prices
+    folders = paths or prices or orders
     for folder in folders:
-        read(folder)  # what can be said without the model
+        (BlockOrder.load if orders else read)(folder)  # what can be said without the model
     check_output(output)
 
     import torch
@@ -217,11 +225,17 @@ def train(
         typer.echo(f"{len(examples)} examples from {', '.join(map(str, paths))}; routers go to {output}", err=True)
         run(examples, about=about | {"learnt": f"{targets.value} paths"})
         return
-    lesson = learn_prices(
-        loaded, tokenizer, prices, output, skips=skips, repeats=repeats, lengths=lengths, limit=limit, seed=seed,
-        max_tokens=max_tokens,
-    )  # fmt: skip
-    lesson.static.save(output / STATIC)
+    if orders:
+        lesson = order_lesson(
+            loaded, [BlockOrder.load(folder) for folder in orders], lengths=lengths, limit=limit, seed=seed
+        )
+        typer.echo(f"{len(lesson.examples)} examples of {len(orders)} kinds; routers go to {output}", err=True)
+    else:
+        lesson = learn_prices(
+            loaded, tokenizer, prices, output, skips=skips, repeats=repeats, lengths=lengths, limit=limit, seed=seed,
+            max_tokens=max_tokens,
+        )  # fmt: skip
+        lesson.static.save(output / STATIC)
     run(lesson.examples, targets=lesson.places, objective=lesson.objective, about=about | lesson.about)
 
 

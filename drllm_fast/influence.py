@@ -59,6 +59,7 @@ def cka_distance(x: Tensor, y: Tensor) -> float:
 
 
 CRITERIA: dict[str, Callable[[Tensor, Tensor], float]] = {"block-influence": block_influence, "cka": cka_distance}
+MEASURED = ("prices", "elimination")  # other rankings, which are made elsewhere
 
 
 class StaticPolicy:
@@ -67,7 +68,8 @@ class StaticPolicy:
     order       block numbers in the order of their removal, least influence first; it may be shorter than L
     num_layers  L
     budget      see the property
-    criterion   what `order` was ranked by: a key of CRITERIA, or 'prices' (`drllm_fast.training.price_lesson`)
+    criterion   what `order` was ranked by: a key of CRITERIA, 'prices' (`drllm_fast.training.price_lesson`) or
+                'elimination' (`drllm_fast.training.elimination`)
 
     Raises TypeError or ValueError.
     """
@@ -75,8 +77,8 @@ class StaticPolicy:
     def __init__(
         self, order: Sequence[int], *, num_layers: int, budget: float, criterion: str = "block-influence"
     ) -> None:
-        if criterion not in (*CRITERIA, "prices"):
-            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, prices, got {criterion!r}")
+        if criterion not in (*CRITERIA, *MEASURED):
+            raise ValueError(f"criterion must be one of {', '.join((*CRITERIA, *MEASURED))}, got {criterion!r}")
         for value in (num_layers, *order):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"num_layers and the blocks of order must be integers, got {value!r}")

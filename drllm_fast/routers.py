@@ -68,6 +68,14 @@ def _check_finite(logits: Tensor, layer: int) -> None:
         )
 
 
+def model_name(model: nn.Module) -> str:
+    """A transformers model's hub id, the last part of the folder that it was loaded from, or its type."""
+    name = str(getattr(unwrap(model), "name_or_path", "") or decoder_of(model).config.model_type)
+    if os.path.isdir(name) or os.path.isabs(name):
+        name = Path(name).resolve().name  # where it lay on this machine is nobody's business
+    return name
+
+
 class LayerRouters(
     nn.Module,
     PyTorchModelHubMixin,
@@ -167,19 +175,16 @@ class LayerRouters(
     ) -> LayerRouters:
         """Untrained routers that fit a transformers model and carry its name and fingerprint.
 
-        A model loaded from a folder is named by the folder's last part. Raises NotImplementedError for a model without
+        Raises NotImplementedError for a model without
         a list of decoder layers.
         """
         decoder = decoder_of(model)
-        name = str(getattr(unwrap(model), "name_or_path", "") or decoder.config.model_type)
-        if os.path.isdir(name) or os.path.isabs(name):
-            name = Path(name).resolve().name  # where it lay on this machine is nobody's business
         return cls(
             num_layers=len(decoder.layers),
             hidden_size=decoder.config.hidden_size,
             router_size=router_size,
             windows=windows,
-            base_model={"name": name, "fingerprint": fingerprint.fingerprint(model)},
+            base_model={"name": model_name(model), "fingerprint": fingerprint.fingerprint(model)},
             generator=generator,
         )
 

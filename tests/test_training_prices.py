@@ -234,8 +234,10 @@ def test_the_command_learns_prices(priced, tmp_path):
     assert shares[0] > 0.5 and abs(shares[1]) < 0.3 and -1.6 < shares[2] < -0.5 and -2.6 < shares[3] < -1.4
 
     refused(call("train", "--model", other, *given, "--output", tmp_path / "no", *quick), "holds paths of")
-    refused(call("train", "--model", tiny, "--output", tmp_path / "no", *quick), "give --paths FOLDER, or --prices")
+    refused(
+        call("train", "--model", tiny, "--output", tmp_path / "no", *quick), "give --paths FOLDER or --prices FOLDER"
+    )
     both = (*given, "--paths", folder / "exact")
-    refused(call("train", "--model", tiny, *both, "--output", tmp_path / "no", *quick), "one of the two")
+    refused(call("train", "--model", tiny, *both, "--output", tmp_path / "no", *quick), "one of the three")
     many = (*quick, "--skips", LAYERS + 1)
     refused(call("train", "--model", tiny, *given, "--output", tmp_path / "no", *many), "changed only")

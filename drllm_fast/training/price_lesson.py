@@ -3,6 +3,7 @@ chosen for each prompt to be read along."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 from drllm_fast.influence import StaticPolicy
 from drllm_fast.router_reference import EXECUTE, REPEAT, SKIP
 from drllm_fast.training.examples import Example
-from drllm_fast.training.orders import PlaceObjective, balanced, find_orders, shared_order, spread_steps, supported
+from drllm_fast.training.orders import (
+    Orders,
+    PlaceObjective,
+    balanced,
+    find_orders,
+    shared_order,
+    spread_steps,
+    supported,
+)
 from drllm_fast.training.prices import CostModel, Measurements, features
 from drllm_fast.training.windows import pool_examples
 
@@ -24,14 +33,15 @@ STATIC_PROMPTS = 60  # of each group, for the order that all share
 class Lesson:
     """examples   of each prompt as many as it has lengths, with the path to read it along
     places     fp32 [N, L, 2], the targets of `objective`
-    static     the one order of blocks that is best for all prompts on the average, every group counting alike
+    static     the one order of blocks that is best for all prompts on the average, every group counting alike; None
+               where none was sought
     about      for the report: how well costs were foretold, and the blocks that each group leaves out first
     """
 
     examples: list[Example]
     places: Tensor
     objective: PlaceObjective
-    static: StaticPolicy
+    static: StaticPolicy | None
     about: dict[str, Any]
 
 
@@ -87,11 +97,6 @@ def price_lesson(
     shared = shared_order(cost, z[everyone], skippable=supported(measured.paths, SKIP), skips=skips)
     static = StaticPolicy(shared.tolist(), num_layers=layers, budget=1.0, criterion="prices")
     rows, steps = spread_steps(measured.groups, skips=skips, repeats=repeats, each=lengths, least=least, seed=seed)
-    examples = []
-    for number, step, path in zip(rows.tolist(), steps.tolist(), orders.paths(rows, steps).tolist(), strict=True):
-        task, _, level = measured.groups[number].partition("/")
-        tokens = measured.tokens[number]
-        examples.append(Example(f"{number}/{step}", task, int(level) if level else None, tokens, tuple(path)))
     firsts = {
         group: places[[i for i, name in enumerate(measured.groups) if name == group]][..., 0].mean(0)
         for group in sorted(set(measured.groups))
@@ -102,4 +107,16 @@ def price_lesson(
         "cost_model_r2": quality,
         "left_out_first": {group: mean.argsort()[:skips].tolist() for group, mean in firsts.items()},
     }
+    examples = along(measured.tokens, measured.groups, orders, rows, steps)
     return Lesson(examples, places[rows], PlaceObjective(skips, repeats), static, about)
+
+
+def along(
+    tokens: Sequence[tuple[int, ...]], groups: Sequence[str], orders: Orders, rows: Tensor, steps: Tensor
+) -> list[Example]:
+    """Prompts rows[m], by number, to be read along the path of steps[m] in their orders; groups are `task/level`."""
+    examples = []
+    for number, step, path in zip(rows.tolist(), steps.tolist(), orders.paths(rows, steps).tolist(), strict=True):
+        task, _, level = groups[number].partition("/")
+        examples.append(Example(f"{number}/{step}", task, int(level) if level else None, tokens[number], tuple(path)))
+    return examples
