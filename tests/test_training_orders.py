@@ -16,6 +16,7 @@ from drllm_fast.search.evaluator import PathEvaluator
 from drllm_fast.search.tasks import load_task
 from drllm_fast.search.tokens import encode_pair
 from drllm_fast.search.unit import Item
+from drllm_fast.training import elimination
 from drllm_fast.training.block_order import FILE, BlockOrder, order_lesson
 from drllm_fast.training.elimination import PathCosts, eliminate
 
@@ -108,7 +109,7 @@ def by_hand(model, tokenizer, item, path):
     return sum(divergences.values()) / len(divergences), nll
 
 
-def test_costs_are_those_of_whole_forwards(tiny, tmp_path):
+def test_costs_are_those_of_whole_forwards(tiny, tmp_path, monkeypatch):
     model, tokenizer = load_model(str(tiny[0]), Dtype.auto, "cpu")
     items = [
         *load_task(str(tiny[2]))[:3],
@@ -139,6 +140,14 @@ def test_costs_are_those_of_whole_forwards(tiny, tmp_path):
     again = PathCosts(Deaf(costs.evaluator), items, label_weight=0.25, file=file)
     assert torch.equal(again.each(paths), costs.each(paths))
     assert file.read_text() == "".join(lines)
+
+    # Measured bit by bit, by several runs of which one was killed between two paths.
+    monkeypatch.setattr(elimination, "AT_ONCE", 2)
+    grown = tmp_path / "grown.jsonl"
+    for some, count in ((paths[:1], 1), (paths[1:], 3), (paths, 4)):
+        PathCosts(costs.evaluator, items, file=grown).measures(some, count)
+    grown.write_text("".join(grown.read_text().splitlines(keepends=True)[:-2]))
+    assert torch.allclose(PathCosts(costs.evaluator, items, file=grown).measures(paths, 5), expected, atol=2e-5)
     with pytest.raises(ValueError, match="other prompts, another model or in another dtype"):
         PathCosts(costs.evaluator, items[1:], file=file)
 

@@ -73,23 +73,19 @@ class PathCosts:
 
     def measures(self, paths: Sequence[LayerPath], count: int, *, progress: bool = False) -> Tensor:
         """fp32 [P, count, 2]: KL and NLL of each path on each of the first `count` items."""
-        fresh = []
-        wanted = {path: len(self._known.get(path, ())) for path in paths}
+        wanted = dict.fromkeys(paths)
         for start in tqdm(range(0, count, AT_ONCE), desc="measuring", leave=False, disable=not progress):
             stop = min(start + AT_ONCE, count)
             # Known are the first so many items of a path.
             missing = [path for path in wanted if len(self._known.get(path, ())) < stop]
             if not missing:
                 continue
-            requests = [(*self._requests[i][:2], missing) for i in range(start, stop)]
-            found = self.evaluator.measure_many(requests)
+            found = self.evaluator.measure_many([(*self._requests[i][:2], missing) for i in range(start, stop)])
             rows = torch.stack([self._measures(i, *one) for i, one in zip(range(start, stop), found, strict=True)], 1)
             for path, row in zip(missing, rows, strict=True):
-                before = self._known.get(path, row[:0])
-                self._known[path] = torch.cat([before, row[len(before) - start :]])
-            fresh += missing
-        if fresh and self.file is not None:
-            self._write(list(dict.fromkeys(fresh)))
+                self._add(path, start, row)
+            if self.file is not None:
+                self._write(missing, start, rows)
         return torch.stack([self._known[path][:count] for path in paths])
 
     def _measures(self, number: int, scores: Tensor, kl: Tensor) -> Tensor:
@@ -110,12 +106,15 @@ class PathCosts:
         )
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
-    def _write(self, paths: Sequence[LayerPath]) -> None:
+    def _add(self, path: LayerPath, start: int, rows: Tensor) -> None:
+        self._known[path] = torch.cat([self._known.get(path, rows[:0])[:start], rows])
+
+    def _write(self, paths: Sequence[LayerPath], start: int, rows: Tensor) -> None:
         with self.file.open("a", encoding="utf-8") as out:
             if not out.tell():
                 out.write(json.dumps({"of": self._identity()}) + "\n")
-            for path in paths:
-                out.write(json.dumps({"path": encode(path), "measures": self._known[path].tolist()}) + "\n")
+            for path, some in zip(paths, rows.tolist(), strict=True):
+                out.write(json.dumps({"path": encode(path), "start": start, "measures": some}) + "\n")
 
     def _read(self) -> None:
         lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -130,7 +129,7 @@ class PathCosts:
                 "folder, or the same prompts, model and dtype"
             )
         for row in rows:
-            self._known[decode(row["path"])] = torch.tensor(row["measures"])
+            self._add(decode(row["path"]), row["start"], torch.tensor(row["measures"]))
 
 
 def eliminate(
