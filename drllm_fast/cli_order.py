@@ -80,13 +80,15 @@ def order(
     check_model(model)
     where = find_device(device)
     check_output(output, WORK, "measuring")
-    kind = kind or output.resolve().name
+    kind = output.resolve().name if kind is None else kind
 
     import torch
 
     from drllm_fast.search.tasks import evenly, load_task
     from drllm_fast.search.tokens import encode_context
+    from drllm_fast.training.block_order import BlockOrder, check_kind
 
+    check_kind(kind)
     if threads:
         torch.set_num_threads(threads)
     loaded, tokenizer = load_model(model, dtype, where)
@@ -109,7 +111,6 @@ def order(
 
     from drllm_fast.fingerprint import fingerprint
     from drllm_fast.routers import model_name
-    from drllm_fast.training.block_order import BlockOrder
 
     made = BlockOrder(
         kind=kind,

@@ -214,6 +214,7 @@ def test_a_command_from_orders_to_routers(tiny, tmp_path):
     refused(call("train", "--model", folder, *twice, "--output", tmp_path / "no", *quick), "two orders are of the kind")
     refused(call("train", "--model", folder, "--orders", tmp_path, "--output", tmp_path / "no", *quick), "no order of")
     refused(call(*common, "--task", task, "--output", folder), "is not empty and no output of a measuring")
+    refused(call(*asked[:-4], "--output", tmp_path / "slash", "--kind", "a/b"), "a name without a slash")
     longer = ("--skips", LAYERS + 1)
     refused(call(*asked[:-4], "--output", tmp_path / "long", *longer), f"the model has {LAYERS} blocks")
 

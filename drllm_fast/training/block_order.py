@@ -32,13 +32,15 @@ FORMAT = {"format": "drllm-fast block order", "version": 1}
 class BlockOrder:
     """In which order blocks are best left out, and repeated, for prompts of one kind.
 
-    kind                       a name
+    kind                       a name, without a slash
     model, fingerprint         of the model that was measured
     tasks, label_weight        what was measured, on how many prompts
     measured
     skips, repeats             blocks in order
     skip_costs, repeat_costs   nats, of the paths on the way
     prompts                    token ids of prompts of the kind, for routers to learn from
+
+    Raises ValueError for a kind with a slash, which parts a task from its level.
     """
 
     kind: str
@@ -52,6 +54,9 @@ class BlockOrder:
     repeats: tuple[int, ...]
     repeat_costs: tuple[float, ...]
     prompts: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
 
     @property
     def num_layers(self) -> int:
@@ -82,6 +87,12 @@ class BlockOrder:
         if not isinstance(data, dict) or {key: data.pop(key, None) for key in FORMAT} != FORMAT or data.keys() != names:
             raise ValueError(f"{file} holds no order of blocks that this version reads; make it again")
         return cls(**{name: _tuples(value) for name, value in data.items()})
+
+
+def check_kind(name: str) -> None:
+    """ValueError for a name that no kind can have."""
+    if not name or "/" in name:
+        raise ValueError(f"a kind needs a name without a slash, got {name!r}; give another one (--kind)")
 
 
 def order_lesson(

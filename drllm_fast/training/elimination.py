@@ -149,7 +149,8 @@ def eliminate(
     costs  of paths on the first so many of `count` items, as `PathCosts`
     beam   sequences kept. They are compared by the sum of cost_k / k^2 over their lengths k, for a divergence grows
            like the square of a disturbance, and long paths are not all that counts
-    pool   only so many blocks, the cheapest when they alone are changed, are tried from the second place on; None: all
+    pool   only so many blocks, the cheapest when they alone are changed, are tried from the second place on,
+           `length` of them at least; None: all
 
     Raises ValueError for a length of all blocks or more.
     """
