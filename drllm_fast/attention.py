@@ -86,14 +86,14 @@ def forward_attention(
         )
     if is_causal is False:
         raise NotImplementedError("is_causal=False: a routed model attends causally; use `model.routing.disabled()`")
-    key, value, new, starts, total = forward.attended(module, key, value)
+    key, value, rows = forward.attended(module, key, value)
     if dropout or not attention_has_kernel(query, key, value, s_aux):
         return attend_rows(
-            query, key, value, new, starts, total,
+            query, key, value, *rows.segments(),
             scale=scaling, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux,
         )  # fmt: skip
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    layout, packed = forward.key_layout(new, starts, total, query.device)
+    layout, packed = rows.layout(query.device)
     return torch.ops.drllm_fast.ragged_attention(
         query[0].transpose(0, 1), key[0], value[0], *layout, scale, sliding_window, softcap, s_aux, packed
     ).unsqueeze(0)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from drllm_fast.cache import RoutedCache
+from drllm_fast.key_rows import KeyRows, layout_tables
 from drllm_fast.kv_slot import KVSlot
-from drllm_fast.packed import PackedBatch, RowSet, cu_seqlens_table
+from drllm_fast.packed import PackedBatch, RowSet
 from drllm_fast.policies import PromptBatch, RoutingPolicy, check_decisions
 
 
@@ -147,7 +148,7 @@ class RoutedForward:
                     slot.announce_write(past, new, place.keep, self.packed.tables)
                     if slot.keys is not None:
                         starts, total = slot.starts, slot.held(past, new)
-                for table in _layout_tables(new, starts, total):
+                for table in layout_tables(new, starts, total):
                     self.packed.tables.add(*table)
 
     def store(self, cache: RoutedCache, keys: Tensor, values: Tensor) -> None:
@@ -158,30 +159,22 @@ class RoutedForward:
         visit.slot = slot.write(keys, values, visit.past, visit.rows.lengths, layer.keep, self.packed.tables)
         visit.keys, visit.values = keys, values
 
-    def attended(self, module: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, list, list, list]:
-        """The keys and values that the visit that is running attends to, and for each of its rows the new tokens, where
-        the row's keys start and how many they are."""
+    def attended(self, module: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, KeyRows]:
+        """The keys and values that the visit that is running attends to, and where those of its rows lie."""
         visit = self.visit
         visit.attended = True
         new, slot = visit.rows.lengths, visit.slot
         if slot is None:  # no cache: the keys are those of this forward
-            return keys, values, new, visit.offsets(), new
+            return keys, values, self._key_rows(new, visit.offsets(), new)
         if keys is not visit.keys or values is not visit.values:
             raise NotImplementedError(
                 f"{type(module).__name__} changes keys or values between the cache and the attention, which dynamic "
                 "routing does not support; run this model inside `with model.routing.disabled():`"
             )
-        return slot.keys, slot.values, new, slot.starts, slot.held(visit.past, new)
+        return slot.keys, slot.values, self._key_rows(new, slot.starts, slot.held(visit.past, new))
 
-    def key_layout(self, new: list[int], starts: list[int], total: list[int], device: torch.device) -> tuple:
-        """cu_seqlens, starts, lengths, max_query and max_length of `ops.ragged_attention`, and whether it is `packed`;
-        remembered, since visits of the same rows mostly keep their keys alike."""
-        key = (*new, *starts, *total, device)
-        if key not in self._layouts:
-            tables = (self.packed.tables.get(*table, device) for table in _layout_tables(new, starts, total))
-            packed = total == new and starts == [0, *accumulate(new[:-1])]
-            self._layouts[key] = (*tables, max(new), max(total)), packed
-        return self._layouts[key]
+    def _key_rows(self, new: list[int], starts: list[int], total: list[int]) -> KeyRows:
+        return KeyRows(new, starts, total, self.packed.tables, self._layouts)
 
     def _rows_of(self, argument: object, subset: RowSet) -> object:
         """The part of a layer's argument that belongs to the subset's tokens; remembered, for layers share it."""
@@ -209,11 +202,3 @@ class RoutedForward:
         else:
             what = f"layer {self.visit.layer} stores no keys of its own (shared KV)"
         raise NotImplementedError(f"this model cannot be routed: {what}; call model.disable_dynamic_routing()")
-
-
-def _layout_tables(new: list[int], starts: list[int], total: list[int]) -> tuple:
-    return (
-        cu_seqlens_table(new),
-        (("starts", *starts), lambda: torch.tensor(starts, dtype=torch.int32, device="cpu")),
-        (("lengths", *total), lambda: torch.tensor(total, dtype=torch.int32, device="cpu")),
-    )

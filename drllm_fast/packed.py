@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from drllm_fast.key_rows import cu_seqlens_table
 from drllm_fast.ops import active_tokens, scatter_rows
 from drllm_fast.tables import Tables
 
@@ -141,11 +141,6 @@ class PackedBatch:
 
 def _scattered(rows: tuple[int, ...]) -> bool:
     return rows[-1] - rows[0] >= len(rows)
-
-
-def cu_seqlens_table(lengths: list[int]) -> tuple[tuple, Callable[[], Tensor]]:
-    """Key and maker of the int32 cu_seqlens of rows of these lengths."""
-    return ("cu_seqlens", *lengths), lambda: torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
 
 
 def _ranges(starts: list[int], lengths: list[int]) -> Tensor:

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from drllm_fast.attention import NO_MASK
+from drllm_fast.key_rows import KeyRows
 from drllm_fast.search.path_tree import PathTree
 from drllm_fast.search.token_trie import TokenTrie
+from drllm_fast.tables import Tables
 
 
 class TreeVisit:
@@ -59,6 +61,7 @@ class TreeForward:
         self._parts: dict[tuple, tuple[object, object]] = {}
         self._segments: dict[tuple[int, ...], tuple] = {}
         self._layouts: dict[tuple, tuple] = {}
+        self._tables = Tables()
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         """ids and positions [1, T0] of the base model."""
@@ -137,9 +140,8 @@ class TreeForward:
         """The cache's update: keys and values [1, heads, T', head_dim] of the pass that is running."""
         self.visit.keys, self.visit.values = keys, values
 
-    def attended(self, module: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, list, list, list]:
-        """The keys and values that this pass attends to, and for each segment its new tokens, where its keys start and
-        how many they are."""
+    def attended(self, module: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, KeyRows]:
+        """The keys and values that this pass attends to, and where those of each segment lie."""
         visit = self.visit
         visit.attended = True
         if self.cache is not None and (keys is not visit.keys or values is not visit.values):
@@ -151,17 +153,7 @@ class TreeForward:
         if index is not None:
             index = index.to(keys.device)
             keys, values = keys.index_select(2, index), values.index_select(2, index)
-        return keys, values, new, starts, held
-
-    def key_layout(self, new: list[int], starts: list[int], total: list[int], device: torch.device) -> tuple:
-        """As `RoutedForward.key_layout`."""
-        key = (self.visit.prompts, device)
-        if key not in self._layouts:
-            packed = total == new and starts == [0, *accumulate(new[:-1])]
-            offsets = [0, *accumulate(new)]
-            tables = tuple(torch.tensor(t, dtype=torch.int32, device=device) for t in (offsets, starts, total))
-            self._layouts[key] = ((*tables, max(new), max(total)), packed)
-        return self._layouts[key]
+        return keys, values, KeyRows(new, starts, held, self._tables, self._layouts)
 
     def _segments_of(self, prompts: tuple[int, ...]) -> tuple[Tensor | None, list[int], list[int], list[int]]:
         """For rows of these prompts: which tokens are the keys (None: each its own, once), and the segments' layout."""
