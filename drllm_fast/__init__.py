@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from drllm_fast.build_info import build_info
 from drllm_fast.enable import disable_dynamic_routing, enable_dynamic_routing
+from drllm_fast.generation import Sampling, generate
 from drllm_fast.influence import StaticPolicy
 from drllm_fast.loading import from_pretrained
 from drllm_fast.policies import GivenPlan, PromptBatch, RoutingPolicy
@@ -24,10 +25,12 @@ __all__ = [
     "LayerRouters",
     "PromptBatch",
     "RoutingPolicy",
+    "Sampling",
     "StaticPolicy",
     "__version__",
     "build_info",
     "disable_dynamic_routing",
     "enable_dynamic_routing",
     "from_pretrained",
+    "generate",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -87,3 +88,20 @@ def sliding_windows(decoder: nn.Module) -> list[int]:
     return [
         window if kinds is None or kind == "sliding_attention" else 0 for kind in kinds or [None] * len(decoder.layers)
     ]
+
+
+def row_positions(config: Any) -> int | None:
+    """How many tokens a row may have. LongRoPE turns all rows of a forward otherwise as soon as one of them is longer
+    than the original model's, so that only up to there a row does not depend on its company."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # one, or one for each type of layer
+    limits = [rope.get("original_max_position_embeddings") for rope in kinds if rope.get("rope_type") == "longrope"]
+    limits.append(getattr(config, "max_position_embeddings", None))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
+    """The tokens at which an answer ends: what the model's generation config and its tokenizer say."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    return ends | {t for t in (getattr(tokenizer, "eos_token_id", None),) if t is not None}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from drllm_fast.cache import RoutedCache
 from drllm_fast.key_rows import KeyRows, layout_tables
 from drllm_fast.kv_slot import KVSlot
-from drllm_fast.packed import PackedBatch, RowSet
+from drllm_fast.packed import PackedRows, RowSet
 from drllm_fast.policies import PromptBatch, RoutingPolicy, check_decisions
 
 
@@ -48,7 +48,7 @@ class RoutedForward:
     def __init__(
         self,
         owner: object,
-        packed: PackedBatch,
+        packed: PackedRows,
         past: list[int],
         num_layers: int,
         cache: RoutedCache | None,

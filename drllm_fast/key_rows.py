@@ -26,7 +26,7 @@ class KeyRows(NamedTuple):
         return self.new, self.starts, self.total
 
     def layout(self, device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor, int, int], bool]:
-        """cu_seqlens, starts, lengths, max_query and max_length of `ops.ragged_attention`, and whether it is `packed`."""
+        """cu_seqlens, starts, lengths, max_query, max_length of `ops.ragged_attention`, and whether it is `packed`."""
         key = (*self.new, *self.starts, *self.total, device)
         if key not in self.known:
             tables = (self.tables.get(*table, device) for table in layout_tables(*self.segments()))

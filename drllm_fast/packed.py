@@ -43,56 +43,16 @@ class RowSet:
         return scatter_rows(x[0], self.index, y[0]).unsqueeze(0)
 
 
-class PackedBatch:
-    """The layout of one forward: B rows of S columns, of which row b has `lengths[b]` real tokens.
+class PackedRows:
+    """The layout of one forward: the tokens of rows of these lengths, end to end."""
 
-    `real` is a bool mask [B, S], on the CPU lest it be read from a device, or None when every column of every row is
-    real; then packing and unpacking are views.
-    """
-
-    def __init__(self, real: Tensor | None, batch: int, columns: int, device: torch.device):
-        self.batch, self.columns, self.device = batch, columns, device
-        self.real = None if real is None else real.cpu()
-        self.lengths = [columns] * batch if real is None else self.real.sum(1).tolist()
-        self.offsets = [0, *accumulate(self.lengths)]
+    def __init__(self, lengths: list[int], device: torch.device):
+        self.batch, self.lengths, self.device = len(lengths), lengths, device
+        self.offsets = [0, *accumulate(lengths)]
         self.tokens = self.offsets[-1]
         self.tables = Tables()
-        if real is not None:
-            self.tables.add(("tokens",), self._tokens)
-            self.tables.add(("nearest",), self._nearest)
-        self.everything = RowSet(tuple(range(batch)), self.lengths, self.tokens, 0, None)
+        self.everything = RowSet(tuple(range(len(lengths))), lengths, self.tokens, 0, None)
         self._sets: dict[tuple[tuple[int, ...], torch.device], RowSet] = {}
-
-    def pack(self, x: Tensor) -> Tensor:
-        """[B, S, ...] -> [1, T, ...]"""
-        flat = x.reshape(self.batch * self.columns, *x.shape[2:])
-        if self.real is not None:
-            flat = flat.index_select(0, self.tables.get(("tokens",), self._tokens, x.device))
-        return flat.unsqueeze(0)
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """[1, T, ...] -> [B, S, ...]. A column of padding repeats the last real token before it (the first of the row
-        where there is none), so that the last column of a right-padded row predicts the row's next token. A row
-        without tokens is zeros."""
-        shape = (self.batch, self.columns, *x.shape[2:])
-        if self.real is None:
-            return x.reshape(shape)
-        if self.tokens == 0:
-            return x.new_zeros(shape)
-        nearest = self.tables.get(("nearest",), self._nearest, x.device)
-        out = x[0].index_select(0, nearest).reshape(shape)
-        for row, n in enumerate(self.lengths):
-            if n == 0:
-                out[row] = 0
-        return out
-
-    def _tokens(self) -> Tensor:
-        return self.real.reshape(-1).nonzero().squeeze(1)
-
-    def _nearest(self) -> Tensor:
-        within = (self.real.cumsum(1) - 1).clamp(min=0)
-        starts = torch.tensor(self.offsets[:-1], device="cpu").clamp(max=max(self.tokens - 1, 0))
-        return (within + starts.unsqueeze(1)).reshape(-1)
 
     def announce_positions(self, past: list[int]) -> None:
         self.tables.add(("positions", *past), lambda: _ranges(past, self.lengths))
@@ -137,6 +97,53 @@ class PackedBatch:
     def _head_tables(self, lengths: list[int]) -> tuple[tuple | None, tuple]:
         index = ("heads", *lengths), lambda: _ranges(self.offsets[:-1], lengths)
         return None if list(lengths) == self.lengths else index, cu_seqlens_table(lengths)
+
+
+class PackedBatch(PackedRows):
+    """Packed rows that were a padded batch: B rows of S columns, of which row b has `lengths[b]` real tokens.
+
+    `real` is a bool mask [B, S], on the CPU lest it be read from a device, or None when every column of every row is
+    real; then packing and unpacking are views.
+    """
+
+    def __init__(self, real: Tensor | None, batch: int, columns: int, device: torch.device):
+        self.real = None if real is None else real.cpu()
+        super().__init__([columns] * batch if real is None else self.real.sum(1).tolist(), device)
+        self.columns = columns
+        if real is not None:
+            self.tables.add(("tokens",), self._tokens)
+            self.tables.add(("nearest",), self._nearest)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, S, ...] -> [1, T, ...]"""
+        flat = x.reshape(self.batch * self.columns, *x.shape[2:])
+        if self.real is not None:
+            flat = flat.index_select(0, self.tables.get(("tokens",), self._tokens, x.device))
+        return flat.unsqueeze(0)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[1, T, ...] -> [B, S, ...]. A column of padding repeats the last real token before it (the first of the row
+        where there is none), so that the last column of a right-padded row predicts the row's next token. A row
+        without tokens is zeros."""
+        shape = (self.batch, self.columns, *x.shape[2:])
+        if self.real is None:
+            return x.reshape(shape)
+        if self.tokens == 0:
+            return x.new_zeros(shape)
+        nearest = self.tables.get(("nearest",), self._nearest, x.device)
+        out = x[0].index_select(0, nearest).reshape(shape)
+        for row, n in enumerate(self.lengths):
+            if n == 0:
+                out[row] = 0
+        return out
+
+    def _tokens(self) -> Tensor:
+        return self.real.reshape(-1).nonzero().squeeze(1)
+
+    def _nearest(self) -> Tensor:
+        within = (self.real.cumsum(1) - 1).clamp(min=0)
+        starts = torch.tensor(self.offsets[:-1], device="cpu").clamp(max=max(self.tokens - 1, 0))
+        return (within + starts.unsqueeze(1)).reshape(-1)
 
 
 def _scattered(rows: tuple[int, ...]) -> bool:

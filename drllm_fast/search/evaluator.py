@@ -19,7 +19,7 @@ from drllm_fast.active import ACTIVE
 from drllm_fast.attention import NO_MASK
 from drllm_fast.base_forward import name_of_cache
 from drllm_fast.cache import RoutedCache
-from drllm_fast.decoder import routable_decoder, unwrap
+from drllm_fast.decoder import routable_decoder, row_positions, unwrap
 from drllm_fast.enable import disable_dynamic_routing, enable_dynamic_routing
 from drllm_fast.influence import evaluating
 from drllm_fast.policies import as_plan, check_length
@@ -87,7 +87,7 @@ class PathEvaluator:
         if max_tokens < 1 or max_logits < 1:
             raise ValueError(f"max_tokens and max_logits must be positive, got {max_tokens} and {max_logits}")
         self.max_tokens, self.max_logits = max_tokens, max_logits
-        self.positions = _positions(self.decoder.config)
+        self.positions = row_positions(self.decoder.config)
         if getattr(self.decoder.config, "output_router_logits", False):
             raise NotImplementedError(
                 "output_router_logits=True in the model's config is not supported; set it to False"
@@ -380,16 +380,6 @@ def _check_ends(max_new_tokens: int, stop: Sequence[str]) -> None:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop must be a list of texts, none of them empty, got {stop!r:.80}")
-
-
-def _positions(config: Any) -> int | None:
-    """How many tokens a row may have. LongRoPE turns all rows of a forward otherwise as soon as one of them is longer
-    than the original model's, so that only up to there a row does not depend on its company."""
-    ropes = getattr(config, "rope_parameters", None) or {}
-    kinds = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # one, or one for each type of layer
-    limits = [rope.get("original_max_position_embeddings") for rope in kinds if rope.get("rope_type") == "longrope"]
-    limits.append(getattr(config, "max_position_embeddings", None))
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _offsets(run: TreeForward) -> list[dict[LayerPath, int]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from drllm_fast.base_forward import name_of_cache
 from drllm_fast.cache import RoutedCache
+from drllm_fast.decoder import end_tokens
 from drllm_fast.policies import GivenPlan
 from drllm_fast.search.path_tree import Prefix
 from drllm_fast.tally import Tally
@@ -75,10 +76,3 @@ def decode(
 
 def _stopped(text: str, stop: Sequence[str]) -> bool:
     return any(end in text for end in stop)
-
-
-def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
-    """The tokens at which an answer ends: what the model's generation config and its tokenizer say."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
-    return ends | {t for t in (getattr(tokenizer, "eos_token_id", None),) if t is not None}

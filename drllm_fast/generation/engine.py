@@ -1,0 +1,401 @@
+"""Answering many prompts with one model: what reads prompts, what decodes, and who comes next.
+
+waiting --read in packed forwards, paths decided--> ready --joins the batch that its path suits--> running --> done
+   a row that has ended leaves at once and gives its span of the pool back
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from drllm_fast.decoder import end_tokens, routable_decoder, row_positions, unwrap
+from drllm_fast.enable import disable_dynamic_routing, enable_dynamic_routing
+from drllm_fast.generation.decode_batch import DecodeBatch, place_prompts
+from drllm_fast.generation.kv_pool import KVPool
+from drllm_fast.generation.prompt_forward import EngineCache, read_prompts
+from drllm_fast.generation.requests import Delta, Request, encode
+from drllm_fast.generation.sampling import Sampling, choose_tokens
+from drllm_fast.generation.text_stream import TextStream
+from drllm_fast.influence import evaluating
+from drllm_fast.planner import order_rows
+from drllm_fast.policies import GivenPlan
+from drllm_fast.routing import set_budget
+from drllm_fast.settings import current
+
+
+@dataclass
+class EngineStats:
+    """Counted since the engine was made.
+
+    prompts, prompt_tokens   read
+    tokens                   made, end-of-sequence tokens included
+    prompt_forwards, steps   forwards that read prompts, and decode steps
+    visits                   blocks run for a row of a decode step
+    block_runs               blocks run in decode steps, whoever ran them: what is common to a batch is paid for each
+    peak_rows                rows in the pool at once, at most
+    peak_kv_bytes            keys and values held for tokens at once, at most
+    """
+
+    prompts: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    prompt_forwards: int = 0
+    steps: int = 0
+    visits: int = 0
+    block_runs: int = 0
+    peak_rows: int = 0
+    peak_kv_bytes: int = 0
+
+
+class Engine:
+    """Answers prompts of a causal language model from transformers, routed or not (then every block runs once).
+
+    model, tokenizer   as for `enable_dynamic_routing`; its own
+    max_batch          rows that decode together
+    lookahead          rows whose prompts are read before there is room in the batch, so that paths that suit each other
+                       can be put together
+    max_prompt_tokens  of a forward that reads prompts; a longer prompt has one of its own
+    kv_tokens          tokens of one visit for which the pool has room; by default such that max_batch + lookahead rows
+                       of `row_tokens` tokens fit
+
+    Used inside `with engine:`, where the model is routed and in evaluation mode; it is left as it was. One thread
+    alone calls its methods. Raises what `enable_dynamic_routing` raises, TypeError or ValueError.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        max_batch: int = 64,
+        lookahead: int = 64,
+        max_prompt_tokens: int = 4096,
+        kv_tokens: int | None = None,
+        row_tokens: int = 1024,
+    ):
+        for name, value, low in (
+            ("max_batch", max_batch, 1),
+            ("lookahead", lookahead, 0),
+            ("max_prompt_tokens", max_prompt_tokens, 1),
+            ("row_tokens", row_tokens, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r:.80}")
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        self.top, self.tokenizer = unwrap(model), tokenizer
+        self.decoder = routable_decoder(self.top)
+        self.num_layers = len(self.decoder.layers)
+        self.max_batch, self.lookahead, self.max_prompt_tokens = max_batch, lookahead, max_prompt_tokens
+        self.pool = KVPool(kv_tokens or (max_batch + lookahead) * self.num_layers * row_tokens)
+        self.positions = row_positions(self.decoder.config)
+        self.vocabulary = self.top.config.get_text_config(decoder=True).vocab_size
+        self.ends = end_tokens(self.top, tokenizer)
+        self.stats = EngineStats()
+        self.waiting: deque[Request] = deque()
+        self.ready: list[Request] = []
+        self.running: list[Request] = []
+        self._numbers = itertools.count()
+        self._policies: dict[float, Any] = {}
+        self._dense = GivenPlan([1] * self.num_layers)
+        self._batch: DecodeBatch | None = None  # of `running`, as long as its rows stay
+        self._around: ExitStack | None = None
+
+    # -- around all of it
+    def __enter__(self) -> Engine:
+        if self._around is not None:
+            raise RuntimeError("this engine is running already")
+        with ExitStack() as around:
+            around.enter_context(self._routed())
+            around.enter_context(evaluating(self.top))
+            self._owner = self.decoder._drllm_routing
+            self._cache = EngineCache(self.decoder.config)
+            self._around = around.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        around, self._around = self._around, None
+        for request in [*self.waiting, *self.ready, *self.running]:
+            self.cancel(request)
+        around.close()
+
+    @contextmanager
+    def _routed(self) -> Iterator[None]:
+        own = not hasattr(self.decoder, "_drllm_routing")
+        if own:
+            enable_dynamic_routing(self.top, [1] * self.num_layers)
+        try:
+            yield
+        finally:
+            if own:
+                disable_dynamic_routing(self.top)
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.get_input_embeddings().weight.device
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.ready or self.running)
+
+    # -- prompts in and out
+    def submit(
+        self,
+        prompt: str | Sequence[int] | Sequence[dict],
+        sampling: Sampling | None = None,
+        *,
+        budget: float | None = None,
+        path: Sequence[int] | None = None,
+    ) -> Request:
+        """Queue a prompt: a text, token ids or the messages of a chat.
+
+        budget  in place of the policy's own, for a policy that keeps one
+        path    how often each block runs, in place of what the policy says
+
+        Raises TypeError or ValueError for what cannot be answered; nothing is queued then.
+        """
+        request = self._request(prompt, Sampling() if sampling is None else sampling, budget, path)
+        request.index = next(self._numbers)
+        self.waiting.append(request)
+        return request
+
+    def encoded(self, prompt: Any, sampling: Sampling, **options: Any) -> list[int]:
+        """The tokens of a prompt that `submit` would take. Raises what it raises."""
+        return self._request(prompt, sampling, options.get("budget"), options.get("path")).prompt
+
+    def _request(self, prompt: Any, sampling: Sampling, budget: float | None, path: Sequence[int] | None) -> Request:
+        if self._around is None:
+            raise RuntimeError("use the engine inside `with engine:`")
+        if not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling must be a Sampling, got {type(sampling).__name__}")
+        ids = encode(self.tokenizer, prompt)
+        if min(ids) < 0 or max(ids) >= self.vocabulary:
+            raise ValueError(f"token ids must be from 0 to {self.vocabulary - 1}, got {min(ids)} to {max(ids)}")
+        policy, bound = self._policy(budget, path)
+        new = sampling.max_new_tokens
+        if self.positions is not None:
+            if len(ids) >= self.positions:
+                raise ValueError(
+                    f"a prompt of {len(ids)} tokens leaves no room for an answer in the model's {self.positions} "
+                    "positions; shorten it"
+                )
+            new = min(new, self.positions - len(ids))
+        capacity = len(ids) + new - 1  # the last token is never read
+        if bound * capacity > self.pool.size:
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens and up to {new} new ones may need {bound * capacity} places for keys "
+                f"and values, the pool has {self.pool.size}; raise kv_tokens, or shorten the prompt or its answer"
+            )
+        return Request(-1, ids, sampling, policy, bound, capacity, TextStream(self.tokenizer, sampling.stop))
+
+    def cancel(self, request: Request) -> None:
+        """Drop a prompt wherever it is; one that has ended stays as it is."""
+        if request.finish_reason is None:
+            self._drop(request, "cancelled")
+
+    def _policy(self, budget: float | None, path: Sequence[int] | None) -> tuple[Any, int]:
+        """What chooses the path, and how many visits it has at most."""
+        routing = self.decoder._drllm_routing
+        if path is not None:
+            if budget is not None:
+                raise ValueError("give a budget or a path, not both")
+            given = GivenPlan(path)
+            given.bind(self.top)
+            if given.plan.ndim != 1:
+                raise ValueError(f"the path of one prompt is {self.num_layers} integers, got {list(given.plan.shape)}")
+            return given, max(1, int(given.plan.sum()))
+        settings = current(routing)
+        if settings.disabled:
+            return self._dense, self.num_layers
+        policy, bound = settings.plan or routing.policy, 2 * self.num_layers
+        if isinstance(policy, GivenPlan):
+            if policy.plan.ndim != 1 and len(policy.plan) != 1:
+                raise ValueError(
+                    "a plan of several paths does not say which prompt takes which; give each prompt its path"
+                )
+            bound = max(1, int(policy.plan.sum(-1).max()))
+        if budget is None:
+            return policy, bound
+        if budget not in self._policies:
+            own = copy(policy)
+            set_budget(own, budget)
+            self._policies[budget] = own
+        return self._policies[budget], bound
+
+    # -- a step
+    def step(self) -> list[Delta]:
+        """Do the next piece of work: read prompts if there is room for their rows, else decode one token of each row of
+        the batch. What is new of each answer. Nothing is left to do once `busy` is False.
+
+        What the model or a policy raises ends the rows of that forward (finish_reason "error") and is raised.
+        """
+        if self._around is None:
+            raise RuntimeError("use the engine inside `with engine:`")
+        with torch.inference_mode():
+            group = self._admitted()
+            if not group:
+                self._refill()
+            try:
+                return self._read(group) if group else self._decode()
+            except BaseException:
+                for request in group or list(self.running):
+                    self._drop(request, "error")
+                raise
+
+    def _admitted(self) -> list[Request]:
+        """Waiting prompts, in their order, that are read now: in one forward, for one policy, with room in the pool."""
+        room = self.max_batch + self.lookahead - len(self.running) - len(self.ready)
+        if not self.waiting or room < 1:
+            return []
+        # A forward for one short prompt costs almost what it costs for several, so they are let to gather while
+        # enough rows decode.
+        if len(self.running) + len(self.ready) > self.max_batch * 3 // 4 and room < min(
+            len(self.waiting), self.max_batch // 4
+        ):
+            return []
+        group: list[Request] = []
+        tokens = places = 0
+        for request in itertools.islice(self.waiting, room):
+            tokens += len(request.prompt)
+            places += request.bound * request.capacity
+            if group and (tokens > self.max_prompt_tokens or request.policy is not group[0].policy):
+                break
+            if places > self.pool.largest:
+                break
+            group.append(request)
+        return group
+
+    def _read(self, group: list[Request]) -> list[Delta]:
+        places = sum(request.bound * request.capacity for request in group)
+        start = self.pool.allocate(places)
+        try:
+            run, logits = read_prompts(
+                self.top, self._cache, self._owner, [r.prompt for r in group], self.num_layers, group[0].policy,
+                self.device,
+            )  # fmt: skip
+            tokens = choose_tokens(logits, [r.sampling for r in group], [0] * len(group)).tolist()
+            at, visits = start, run.plan.sum(1).tolist()
+            starts = []
+            for request, count in zip(group, visits, strict=True):
+                starts.append(at)
+                at += count * request.capacity
+            place_prompts(run, self.pool, starts, [r.capacity for r in group])
+        except BaseException:
+            self.pool.release(start, places)
+            raise
+        if at < start + places:
+            self.pool.release(at, start + places - at)
+        out = []
+        for request, path, count, place, token in zip(group, run.plan.tolist(), visits, starts, tokens, strict=True):
+            self.waiting.popleft()
+            request.read_at = request.first_at = time.monotonic()
+            request.path, request.visits, request.start = tuple(path), count, place
+            self.ready.append(request)
+            out.append(self._take(request, token))
+        self.stats.prompts += len(group)
+        self.stats.prompt_tokens += run.packed.tokens
+        self.stats.prompt_forwards += 1
+        self._note_peaks()
+        return out
+
+    def _refill(self) -> None:
+        """Rows that are ready join the batch, those first whose paths add least to the blocks that it runs."""
+        free = self.max_batch - len(self.running)
+        if free < 1 or not self.ready:
+            return
+        self.running += self._chosen(free)
+        self._batch = None
+
+    def _chosen(self, free: int) -> list[Request]:
+        if free >= len(self.ready):
+            chosen, self.ready = self.ready, []
+            return chosen
+        paths = np.array([r.path for r in self.ready])
+        union = np.array([r.path for r in self.running]).max(axis=0, initial=0) if self.running else 0 * paths[0]
+        chosen = []
+        left = list(range(len(self.ready)))
+        for _ in range(free):
+            added = np.maximum(paths[left] - union, 0).sum(1)
+            best = left.pop(int(added.argmin()))  # of several the first that came
+            union = np.maximum(union, paths[best])
+            chosen.append(self.ready[best])
+        self.ready = [self.ready[i] for i in left]
+        return chosen
+
+    def _decode(self) -> list[Delta]:
+        rows = self.running
+        if not rows:
+            return []
+        if self._batch is None:
+            if len({r.path for r in rows}) > 1:
+                order = order_rows([r.path for r in rows])
+                rows = self.running = [rows[i] for i in order]
+            self._batch = DecodeBatch(
+                self._owner,
+                self.pool,
+                np.array([r.path for r in rows], dtype=np.int8),
+                [r.start for r in rows],
+                [r.capacity for r in rows],
+                [r.held for r in rows],
+                self.device,
+            )
+        newest = torch.tensor([r.tokens[-1] for r in rows], device="cpu").to(self.device)
+        logits = self._batch.step(self.top, self._cache, newest)
+        tokens = choose_tokens(logits, [r.sampling for r in rows], [len(r.tokens) for r in rows]).tolist()
+        self.stats.steps += 1
+        self.stats.visits += sum(r.visits for r in rows)
+        self.stats.block_runs += self._batch.visits
+        self._note_peaks()
+        return [self._take(request, token) for request, token in zip(list(rows), tokens, strict=True)]
+
+    def _take(self, request: Request, token: int) -> Delta:
+        """A row's next token, and its end if it is that."""
+        self.stats.tokens += 1
+        if token in self.ends and not request.sampling.ignore_eos:
+            request.finish_reason = "stop"
+            new, text = [], ""
+        else:
+            request.tokens.append(token)
+            new, text = [token], request.text.push(token)
+            if request.text.stopped:
+                request.finish_reason = "stop"
+            elif len(request.prompt) + len(request.tokens) > request.capacity:
+                request.finish_reason = "length"
+        if request.finish_reason is None:
+            return Delta(request.index, text, new)
+        text += request.text.finish()
+        self._drop(request, "stop" if request.text.stopped else request.finish_reason)
+        return Delta(request.index, text, new, request.result(self.pool.bytes_per_token()))
+
+    def _drop(self, request: Request, reason: str) -> None:
+        """A row ends and leaves."""
+        request.finish_reason = reason
+        for queue in (self.waiting, self.ready, self.running):
+            if request in queue:
+                queue.remove(request)
+                break
+        else:
+            return
+        if queue is self.waiting:
+            return
+        if queue is self.running:
+            self._batch = None
+        if request.span:
+            self.pool.release(request.start, request.span)
+
+    def _note_peaks(self) -> None:
+        rows = [*self.ready, *self.running]
+        held = sum(r.visits * r.held for r in rows) * self.pool.bytes_per_token()
+        self.stats.peak_rows = max(self.stats.peak_rows, len(rows))
+        self.stats.peak_kv_bytes = max(self.stats.peak_kv_bytes, held)

@@ -1,0 +1,79 @@
+"""One tensor of keys and one of values for all rows that are being answered, in which each row owns one span.
+
+A span holds capacity x visits tokens: visit number v of a row's path begins at start + v * capacity. A block that a
+path skips takes nothing, a repeat takes one capacity more; what is given back joins what is free beside it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+from torch import Tensor
+
+
+class KVPool:
+    """Keys [H_kv, size, D] and values [H_kv, size, D_v], made when the first are written: their shape, dtype and device
+    are the model's.
+
+    size   tokens of one visit that fit
+    used   of them those in spans; peak: their most so far
+    """
+
+    def __init__(self, size: int):
+        if size < 1:
+            raise ValueError(f"a pool of keys and values needs room for at least one token, got {size}")
+        self.size, self.used, self.peak = size, 0, 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self._free: list[tuple[int, int]] = [(0, size)]  # (start, tokens), ascending, never side by side
+
+    @property
+    def largest(self) -> int:
+        """How many tokens the largest span may have that can be had now."""
+        return max((room for _, room in self._free), default=0)
+
+    def allocate(self, tokens: int) -> int | None:
+        """Where a new span begins: the first place that is large enough, None where there is none."""
+        if tokens < 1:
+            raise ValueError(f"a span has at least one token, got {tokens}")
+        for at, (start, room) in enumerate(self._free):
+            if room >= tokens:
+                self._free[at : at + 1] = [(start + tokens, room - tokens)] if room > tokens else []
+                self.used += tokens
+                self.peak = max(self.peak, self.used)
+                return start
+        return None
+
+    def release(self, start: int, tokens: int) -> None:
+        """Give a span back, or a part of one."""
+        at = bisect_left(self._free, (start,))
+        before = self._free[at - 1] if at else (0, 0)
+        after = self._free[at] if at < len(self._free) else (self.size, 0)
+        if start < 0 or start + tokens > after[0] or (at and sum(before) > start):
+            raise ValueError(f"tokens {start} to {start + tokens} are not a span of this pool")
+        joins_before, joins_after = bool(at) and sum(before) == start, bool(after[1]) and start + tokens == after[0]
+        low = before[0] if joins_before else start
+        high = sum(after) if joins_after else start + tokens
+        self._free[at - joins_before : at + joins_after] = [(low, high - low)]
+        self.used -= tokens
+
+    def write(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put keys [1, H_kv, n, D] and values [1, H_kv, n, D_v] where index int64 [n] says."""
+        if self.keys is None:
+            self.keys, self.values = (
+                t.new_empty(self.size, t.shape[1], t.shape[3]).transpose(0, 1) for t in (keys, values)
+            )
+        if (self.keys.shape[0], self.keys.shape[2]) != (keys.shape[1], keys.shape[3]):
+            raise NotImplementedError(
+                f"this model's layers keep keys of different shapes, {list(self.keys.shape)} and {list(keys.shape)}; "
+                "use model.generate"
+            )
+        # [N, H_kv, D] lies densely: a token's heads are copied at once.
+        self.keys.transpose(0, 1).index_copy_(0, index, keys[0].transpose(0, 1))
+        self.values.transpose(0, 1).index_copy_(0, index, values[0].transpose(0, 1))
+
+    def bytes_per_token(self) -> int:
+        """Of one visit; 0 before the first are written."""
+        if self.keys is None:
+            return 0
+        return sum(t.shape[0] * t.shape[2] * t.element_size() for t in (self.keys, self.values))
