@@ -177,7 +177,7 @@ class DecodeBatch:
         return self.pool.keys.unsqueeze(0), self.pool.values.unsqueeze(0), visit
 
     def _part(self, argument: object, group: RowGroup) -> object:
-        """The part of a layer's argument that belongs to the group's rows; layers share it, so the step remembers it."""
+        """The part of a layer's argument that belongs to the group's rows, kept for the layers that share it."""
         if isinstance(argument, Tensor):
             if group.span is None and group.index is None:
                 return argument
