@@ -17,6 +17,8 @@ STABLE_TORCH_LIBRARY_IMPL(drllm_fast, CPU, m) {
   m.impl("scatter_rows", TORCH_BOX(&drllm_fast::cpu::scatter_rows));
   m.impl("router", TORCH_BOX(&drllm_fast::cpu::router));
   m.impl("ragged_attention", TORCH_BOX(&drllm_fast::cpu::ragged_attention));
+  m.impl("pack_linear", TORCH_BOX(&drllm_fast::cpu::pack_linear));
+  m.impl("packed_linear", TORCH_BOX(&drllm_fast::cpu::packed_linear));
   m.impl("scatter_add_rows", TORCH_BOX(&drllm_fast::cpu::scatter_add_rows));
   m.impl("gather_rms_norm", TORCH_BOX(&drllm_fast::cpu::gather_rms_norm));
 }

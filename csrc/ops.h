@@ -1,4 +1,5 @@
-// The compiled kernels. Schemas and meaning: drllm_fast/rows_ops.py, router_ops.py and attention_ops.py.
+// The compiled kernels. Schemas and meaning: drllm_fast/rows_ops.py, router_ops.py,
+// attention_ops.py and linear_ops.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -21,6 +22,8 @@ Tensor ragged_attention(const Tensor& query, const Tensor& keys, const Tensor& v
                         const Tensor& starts, const Tensor& lengths, int64_t max_query, int64_t max_length, double scale,
                         std::optional<int64_t> window, std::optional<double> softcap, std::optional<Tensor> sinks,
                         bool packed);
+Tensor pack_linear(const Tensor& weight);
+Tensor packed_linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias, int64_t features);
 Tensor scatter_add_rows(const Tensor& x, const Tensor& index, const Tensor& y);
 std::tuple<Tensor, Tensor> gather_rms_norm(const Tensor& x, const Tensor& index, const Tensor& weight, double eps);
 

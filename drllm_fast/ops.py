@@ -1,10 +1,11 @@
-"""All ops. What each does, takes and refuses is said in `rows_ops`, `router_ops` and `attention_ops`, which own their
+"""All ops. What each does, takes and refuses is said in `rows_ops`, `router_ops`, `attention_ops` and `linear_ops`, which own their
 schemas; here the compiled kernels are loaded in front of the references."""
 
 import torch
 
 from drllm_fast import registration
 from drllm_fast.attention_ops import ragged_attention
+from drllm_fast.linear_ops import pack_linear, packed_linear
 from drllm_fast.router_ops import router, router_windows
 from drllm_fast.rows_ops import (
     active_tokens,
@@ -19,6 +20,8 @@ __all__ = [
     "active_tokens",
     "gather_rms_norm",
     "gather_rows",
+    "pack_linear",
+    "packed_linear",
     "ragged_attention",
     "router",
     "router_windows",
