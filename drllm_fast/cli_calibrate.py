@@ -257,8 +257,8 @@ def _report(model: Any, routers: Any, prompts: list[list[int]], tasks: list[str]
 def save(routers: Any, folder: Path, card: str) -> None:
     """Write the checkpoint into the folder, each file at once or not at all; a card README.md stays as it is, but for
     one that is `card`, as it was generated before."""
+    from drllm_fast.atomic import PREFIX, explained, written
     from drllm_fast.router_files import CONFIG, WEIGHTS
-    from drllm_fast.search.atomic import PREFIX, explained, written
 
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -345,7 +345,7 @@ def going_on(work: Path) -> Iterator[None]:
 
 
 def write_report(file: Path, report: dict[str, Any]) -> None:
-    from drllm_fast.search.atomic import written
+    from drllm_fast.atomic import written
 
     with written(file) as out:
         out.write((json.dumps(report, indent=2) + "\n").encode())

@@ -31,7 +31,9 @@ def packed_linear(x: Tensor, panels: Tensor, bias: Tensor | None = None, *, feat
 
 define_op("pack_linear", "(Tensor weight) -> Tensor", linear_reference.pack_linear)
 define_op(
-    "packed_linear", "(Tensor x, Tensor panels, Tensor? bias, SymInt features) -> Tensor", linear_reference.packed_linear
+    "packed_linear",
+    "(Tensor x, Tensor panels, Tensor? bias, SymInt features) -> Tensor",
+    linear_reference.packed_linear,
 )
 
 

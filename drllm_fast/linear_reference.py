@@ -7,7 +7,6 @@ Accumulated in fp32, rounded once to the dtype of x. The kernels choose C; here 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 

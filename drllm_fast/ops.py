@@ -1,5 +1,5 @@
-"""All ops. What each does, takes and refuses is said in `rows_ops`, `router_ops`, `attention_ops` and `linear_ops`, which own their
-schemas; here the compiled kernels are loaded in front of the references."""
+"""All ops. What each does, takes and refuses is said in `rows_ops`, `router_ops`, `attention_ops` and `linear_ops`,
+which own their schemas; here the compiled kernels are loaded in front of the references."""
 
 import torch
 

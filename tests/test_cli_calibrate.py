@@ -214,7 +214,7 @@ def test_between_two_files_the_checkpoint_is_whole(made, checkpoint, monkeypatch
         real(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("drllm_fast.search.atomic.os.replace", once)
+        patch.setattr("drllm_fast.atomic.os.replace", once)
         refused_at_last(run(made, checkpoint, *options, "--guard" if guard else "--no-guard"), "the machine is gone")
     assert len(written) == 1
     after = LayerRouters.from_pretrained(checkpoint)

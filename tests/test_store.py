@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from search_cases import CONFIG, FINGERPRINT, items, manifest, result
 
 from drllm_fast import fingerprint
+from drllm_fast.atomic import PREFIX, written
 from drllm_fast.search import manifest as manifests
 from drllm_fast.search import store as stores
-from drllm_fast.search.atomic import PREFIX, written
 from drllm_fast.search.record import columns
 from drllm_fast.search.sqlite_store import _transaction
 from drllm_fast.search.store import open_store, read_store

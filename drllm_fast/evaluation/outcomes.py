@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from drllm_fast import __version__
-from drllm_fast.search.atomic import explained, written
+from drllm_fast.atomic import explained, written
 from drllm_fast.search.paths import LayerPath, decode, encode
 from drllm_fast.search.unit import Item, prompt_hash
 

@@ -16,8 +16,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from drllm_fast.atomic import written
 from drllm_fast.evaluation.outcomes import FORMAT
-from drllm_fast.search.atomic import written
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from drllm_fast.atomic import written
 from drllm_fast.evaluation.outcomes import PERPLEXITY
 from drllm_fast.evaluation.report_text import label
 from drllm_fast.report import FORMATS
-from drllm_fast.search.atomic import written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

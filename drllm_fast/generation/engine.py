@@ -21,8 +21,11 @@ from torch import nn
 
 from drllm_fast.decoder import end_tokens, routable_decoder, row_positions, unwrap
 from drllm_fast.enable import disable_dynamic_routing, enable_dynamic_routing
+from drllm_fast.generation.calibration import packing_pays, step_cost
 from drllm_fast.generation.decode_batch import DecodeBatch, place_prompts
-from drllm_fast.generation.kv_pool import KVPool
+from drllm_fast.generation.kv_pool import KVPool, kv_bytes_per_token
+from drllm_fast.generation.memory import free_bytes
+from drllm_fast.generation.packed_weights import packable, packed
 from drllm_fast.generation.prompt_forward import EngineCache, read_prompts
 from drllm_fast.generation.requests import Delta, Request, encode
 from drllm_fast.generation.sampling import Sampling, choose_tokens
@@ -62,12 +65,15 @@ class Engine:
     """Answers prompts of a causal language model from transformers, routed or not (then every block runs once).
 
     model, tokenizer   as for `enable_dynamic_routing`; its own
-    max_batch          rows that decode together
+    max_batch          rows that decode together; None: as many as `StepCost.batch_size` says, measured once on this
+                       machine and kept
     lookahead          rows whose prompts are read before there is room in the batch, so that paths that suit each other
-                       can be put together
+                       can be put together; None: as many as max_batch
     max_prompt_tokens  of a forward that reads prompts; a longer prompt has one of its own
-    kv_tokens          tokens of one visit for which the pool has room; by default such that max_batch + lookahead rows
-                       of `row_tokens` tokens fit
+    kv_bytes           room for keys and values, all of it reserved at the start; None: for max_batch + lookahead rows
+                       of `row_tokens` tokens that run every block, but at most half of the memory that is free
+    pack_weights       on the CPU: multiply by packed copies of the weights (`packed_weights`), which take as much
+                       memory again; None: where measuring says that it pays, and half of the free memory suffices
 
     Used inside `with engine:`, where the model is routed and in evaluation mode; it is left as it was. One thread
     alone calls its methods. Raises what `enable_dynamic_routing` raises, TypeError or ValueError.
@@ -78,18 +84,22 @@ class Engine:
         model: nn.Module,
         tokenizer: Any,
         *,
-        max_batch: int = 64,
-        lookahead: int = 64,
+        max_batch: int | None = None,
+        lookahead: int | None = None,
         max_prompt_tokens: int = 4096,
-        kv_tokens: int | None = None,
+        kv_bytes: int | None = None,
         row_tokens: int = 1024,
+        pack_weights: bool | None = None,
     ):
         for name, value, low in (
             ("max_batch", max_batch, 1),
             ("lookahead", lookahead, 0),
             ("max_prompt_tokens", max_prompt_tokens, 1),
+            ("kv_bytes", kv_bytes, 1),
             ("row_tokens", row_tokens, 1),
         ):
+            if value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an integer, got {value!r:.80}")
             if value < low:
@@ -98,7 +108,9 @@ class Engine:
         self.decoder = routable_decoder(self.top)
         self.num_layers = len(self.decoder.layers)
         self.max_batch, self.lookahead, self.max_prompt_tokens = max_batch, lookahead, max_prompt_tokens
-        self.pool = KVPool(kv_tokens or (max_batch + lookahead) * self.num_layers * row_tokens)
+        self.kv_bytes, self.row_tokens = kv_bytes, row_tokens
+        self.pool: KVPool | None = None
+        self.packs = self._packs(pack_weights)
         self.positions = row_positions(self.decoder.config)
         self.vocabulary = self.top.config.get_text_config(decoder=True).vocab_size
         self.ends = end_tokens(self.top, tokenizer)
@@ -112,6 +124,18 @@ class Engine:
         self._batch: DecodeBatch | None = None  # of `running`, as long as its rows stay
         self._around: ExitStack | None = None
 
+    def _packs(self, wanted: bool | None) -> bool:
+        layers = packable(self.top)
+        if wanted and not layers:
+            raise ValueError(
+                "pack_weights=True, but nothing can be packed: it takes the compiled extension (drllm-fast info) and "
+                "plain linear layers of float32 or bfloat16 on the CPU"
+            )
+        if wanted is None:
+            size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+            return size < free_bytes(self.device) // 2 and packing_pays(layers)
+        return wanted
+
     # -- around all of it
     def __enter__(self) -> Engine:
         if self._around is not None:
@@ -119,10 +143,30 @@ class Engine:
         with ExitStack() as around:
             around.enter_context(self._routed())
             around.enter_context(evaluating(self.top))
+            if self.packs:
+                around.enter_context(packed(packable(self.top)))
             self._owner = self.decoder._drllm_routing
             self._cache = EngineCache(self.decoder.config)
+            if self.pool is None:
+                self._settle()
             self._around = around.pop_all()
         return self
+
+    def _settle(self) -> None:
+        """The sizes that were left open."""
+        if self.max_batch is None:
+            self.max_batch = step_cost(self).batch_size()
+        if self.lookahead is None:
+            self.lookahead = self.max_batch
+        size = kv_bytes_per_token(self.decoder.config, self.decoder.dtype)
+        tokens = (self.max_batch + self.lookahead) * self.num_layers * self.row_tokens
+        if self.kv_bytes is not None:
+            tokens = self.kv_bytes // size
+        elif tokens * size > free_bytes(self.device) // 2:
+            tokens = free_bytes(self.device) // 2 // size
+        if tokens < 1:
+            raise ValueError(f"kv_bytes is {self.kv_bytes}, and one token of one block takes {size}; raise it")
+        self.pool = KVPool(tokens)
 
     def __exit__(self, *exception: object) -> None:
         around, self._around = self._around, None
@@ -170,9 +214,9 @@ class Engine:
         self.waiting.append(request)
         return request
 
-    def encoded(self, prompt: Any, sampling: Sampling, **options: Any) -> list[int]:
-        """The tokens of a prompt that `submit` would take. Raises what it raises."""
-        return self._request(prompt, sampling, options.get("budget"), options.get("path")).prompt
+    def check(self, prompt: Any, sampling: Sampling, *, budget: float | None, path: Sequence[int] | None) -> None:
+        """Raise what `submit` would raise."""
+        self._request(prompt, sampling, budget, path)
 
     def _request(self, prompt: Any, sampling: Sampling, budget: float | None, path: Sequence[int] | None) -> Request:
         if self._around is None:
@@ -195,7 +239,7 @@ class Engine:
         if bound * capacity > self.pool.size:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens and up to {new} new ones may need {bound * capacity} places for keys "
-                f"and values, the pool has {self.pool.size}; raise kv_tokens, or shorten the prompt or its answer"
+                f"and values, the pool has {self.pool.size}; raise kv_bytes, or shorten the prompt or its answer"
             )
         return Request(-1, ids, sampling, policy, bound, capacity, TextStream(self.tokenizer, sampling.stop))
 

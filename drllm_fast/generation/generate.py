@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 from torch import nn
 
 from drllm_fast.generation.engine import Engine
-from drllm_fast.generation.requests import Delta, Generation
+from drllm_fast.generation.requests import Delta, Generation, encode
 from drllm_fast.generation.sampling import Sampling
 
 Prompt = str | Sequence[int] | Sequence[dict]
@@ -49,7 +49,7 @@ def generate(
                     it are there; "finished", each when it ends (`index` says whose it is); "tokens", a `Delta` for each
                     token of each prompt
     progress        a bar on stderr
-    engine          what `Engine` takes: max_batch, lookahead, max_prompt_tokens, kv_tokens, row_tokens
+    engine          what `Engine` takes: max_batch, lookahead, max_prompt_tokens, kv_bytes, row_tokens, pack_weights
 
     Answers do not depend on what else is answered: in fp32 they are, token for token, those of each prompt alone, up to
     scores that differ by less than the rounding of a sum. Raises TypeError or ValueError, for everything that can be
@@ -63,11 +63,16 @@ def generate(
     samplings = _each(_defaults(sampling, max_new_tokens), Sampling, count, "sampling")
     each_budget = _each(budgets, float | int | None, count, "budgets")
     each_path = itertools.repeat(None) if paths is None else _listed(paths, count, "paths")
-    runner = Engine(model, tokenizer, **engine)
     jobs = zip(prompts, samplings, each_budget, each_path, strict=False)
+    if count is not None:  # all are looked at before the first is worked on
+        jobs = [(encode(tokenizer, prompt), s, b, p) for prompt, s, b, p in jobs]
+        longest = max((len(ids) + s.max_new_tokens for ids, s, _, _ in jobs if isinstance(s, Sampling)), default=1)
+        engine = {"row_tokens": longest, **engine}
+    runner = Engine(model, tokenizer, **engine)
     if count is not None:
-        with runner:  # all are looked at before the first is worked on
-            jobs = [(runner.encoded(prompt, s, budget=b, path=p), s, b, p) for prompt, s, b, p in jobs]
+        with runner:
+            for ids, s, b, p in jobs:
+                runner.check(ids, s, budget=b, path=p)
     answers = _progress(_run(runner, iter(jobs)), count, progress)
     if stream == "tokens":
         return answers

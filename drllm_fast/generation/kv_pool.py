@@ -7,7 +7,9 @@ path skips takes nothing, a repeat takes one capacity more; what is given back j
 from __future__ import annotations
 
 from bisect import bisect_left
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -77,3 +79,11 @@ class KVPool:
         if self.keys is None:
             return 0
         return sum(t.shape[0] * t.shape[2] * t.element_size() for t in (self.keys, self.values))
+
+
+def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one token in one visit, by a model's config."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * heads * dim * dtype.itemsize

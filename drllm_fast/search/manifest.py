@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from drllm_fast import __version__
-from drllm_fast.search.atomic import written
+from drllm_fast.atomic import written
 from drllm_fast.search.unit import SearchConfig, UnitKey
 
 FILE = "manifest.json"

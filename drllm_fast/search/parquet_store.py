@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from drllm_fast.search.atomic import clean, explained, written
+from drllm_fast.atomic import clean, explained, written
 from drllm_fast.search.manifest import Manifest
 from drllm_fast.search.record import KEY, columns, from_row, to_row
 from drllm_fast.search.store import Store

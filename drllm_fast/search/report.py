@@ -22,7 +22,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from drllm_fast.search.atomic import written
+from drllm_fast.atomic import written
 from drllm_fast.search.manifest import Manifest
 from drllm_fast.search.report_tally import FORMAT, FORMAT_VERSION, Tally
 from drllm_fast.search.unit import UnitResult

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from drllm_fast.search.atomic import written
+from drllm_fast.atomic import written
 from drllm_fast.search.report_tally import Unit
 from drllm_fast.search.unit import UnitResult
 

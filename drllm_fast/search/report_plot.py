@@ -6,9 +6,9 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from drllm_fast.atomic import written
 from drllm_fast.report import COLOURS, FORMATS
 from drllm_fast.router_reference import REPEAT, SKIP
-from drllm_fast.search.atomic import written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from drllm_fast.search.atomic import PREFIX, explained, publish, sync_folder
+from drllm_fast.atomic import PREFIX, explained, publish, sync_folder
 from drllm_fast.search.manifest import Manifest
 from drllm_fast.search.record import from_row, to_row
 from drllm_fast.search.store import Store

@@ -19,8 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from drllm_fast.atomic import clean, explained, written
 from drllm_fast.search import manifest as manifests
-from drllm_fast.search.atomic import clean, explained, written
 from drllm_fast.search.manifest import Manifest
 from drllm_fast.search.record import to_row
 from drllm_fast.search.unit import UnitResult

@@ -68,7 +68,7 @@ class BlockOrder:
 
     def save(self, folder: Path) -> None:
         """Write `order.json` into the folder, at once or not at all."""
-        from drllm_fast.search.atomic import written
+        from drllm_fast.atomic import written
 
         with written(folder / FILE) as out:
             out.write((json.dumps(FORMAT | asdict(self)) + "\n").encode())

@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from drllm_fast import fingerprint
+from drllm_fast.atomic import written
 from drllm_fast.router_reference import EXECUTE
-from drllm_fast.search.atomic import written
 from drllm_fast.search.evaluator import PathEvaluator
 from drllm_fast.search.paths import LayerPath, decode, encode
 from drllm_fast.search.tokens import encode_pair

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from drllm_fast.search.atomic import clean, written
+from drllm_fast.atomic import clean, written
 
 FILE = "fit.safetensors"
 FORMAT = "drllm-fast fit 1"

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from drllm_fast.search.atomic import explained, written
+from drllm_fast.atomic import explained, written
 
 FORMAT = {"format": "drllm-fast windows", "format_version": 1}
 
