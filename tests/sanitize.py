@@ -18,7 +18,7 @@ from tests.mutants.run import Tree
 from tests.test_instruction_sets import LEVELS
 
 ONCE = "tests/test_rows.py tests/test_planner.py"  # what is compiled for one instruction set
-EACH = "tests/test_router.py tests/test_attention_op.py tests/test_fuzz_ops.py"
+EACH = "tests/test_router.py tests/test_attention_op.py tests/test_linear.py tests/test_fuzz_ops.py"
 LEFT_OUT = "-k 'not opcheck and not graph and not take_no_time'"  # torch's own compiler, and times
 
 OVERFLOW = "AddressSanitizer: heap-buffer-overflow"

@@ -10,7 +10,7 @@ import pytest
 from drllm_fast import ops
 
 LEVELS = ["baseline", "avx2", "avx512", "avx512bf16"]
-FILES = ["tests/test_router.py", "tests/test_attention_op.py"]
+FILES = ["tests/test_router.py", "tests/test_attention_op.py", "tests/test_linear.py"]
 pytestmark = pytest.mark.skipif(ops.EXTENSION_ERROR is not None, reason=f"no extension: {ops.EXTENSION_ERROR}")
 
 

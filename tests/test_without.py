@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPS = ["test_router.py", "test_attention.py", "test_rows.py", "test_planner.py"]
+OPS = ["test_router.py", "test_attention.py", "test_linear.py", "test_rows.py", "test_planner.py"]
 MODEL = ["test_routing.py", "test_generate.py"]
 # Slow where a reference does the work, and no other there than here.
 LEFT_OUT = "opcheck or graph or time or any_width or any_length or random or second or instruction or layouts"
