@@ -22,7 +22,7 @@ from torch import nn
 from drllm_fast.decoder import end_tokens, routable_decoder, row_positions, unwrap
 from drllm_fast.enable import disable_dynamic_routing, enable_dynamic_routing
 from drllm_fast.generation.calibration import packing_pays, step_cost
-from drllm_fast.generation.decode_batch import DecodeBatch, place_prompts
+from drllm_fast.generation.decode_batch import DecodeBatch, place_prompts, visit_places
 from drllm_fast.generation.kv_pool import KVPool, kv_bytes_per_token
 from drllm_fast.generation.memory import free_bytes
 from drllm_fast.generation.packed_weights import packable, packed
@@ -74,6 +74,7 @@ class Engine:
                        of `row_tokens` tokens that run every block, but at most half of the memory that is free
     pack_weights       on the CPU: multiply by packed copies of the weights (`packed_weights`), which take as much
                        memory again; None: where measuring says that it pays, and half of the free memory suffices
+    order              "paths": rows that are ready join the batch that runs what they run; "arrival": as they came
 
     Used inside `with engine:`, where the model is routed and in evaluation mode; it is left as it was. One thread
     alone calls its methods. Raises what `enable_dynamic_routing` raises, TypeError or ValueError.
@@ -90,7 +91,11 @@ class Engine:
         kv_bytes: int | None = None,
         row_tokens: int = 1024,
         pack_weights: bool | None = None,
+        order: str = "paths",
     ):
+        if order not in ("paths", "arrival"):
+            raise ValueError(f"order must be 'paths' or 'arrival', got {order!r:.80}")
+        self.order = order
         for name, value, low in (
             ("max_batch", max_batch, 1),
             ("lookahead", lookahead, 0),
@@ -121,6 +126,7 @@ class Engine:
         self._numbers = itertools.count()
         self._policies: dict[float, Any] = {}
         self._dense = GivenPlan([1] * self.num_layers)
+        self._passed = 0  # rows that went before the one that is ready longest
         self._batch: DecodeBatch | None = None  # of `running`, as long as its rows stay
         self._around: ExitStack | None = None
 
@@ -354,7 +360,7 @@ class Engine:
         return out
 
     def _refill(self) -> None:
-        """Rows that are ready join the batch, those first whose paths add least to the blocks that it runs."""
+        """Rows that are ready join the batch."""
         free = self.max_batch - len(self.running)
         if free < 1 or not self.ready:
             return
@@ -365,16 +371,31 @@ class Engine:
         if free >= len(self.ready):
             chosen, self.ready = self.ready, []
             return chosen
-        paths = np.array([r.path for r in self.ready])
-        union = np.array([r.path for r in self.running]).max(axis=0, initial=0) if self.running else 0 * paths[0]
-        chosen = []
-        left = list(range(len(self.ready)))
+        order = range(free) if self.order == "arrival" else self._suited(free)
+        chosen = [self.ready[i] for i in order]
+        self.ready = [request for request in self.ready if request not in chosen]
+        return chosen
+
+    def _suited(self, free: int) -> list[int]:
+        """Which of the rows that are ready come next.
+
+        A block that n rows of the batch run costs each of them a part 1 / n of what it costs whoever runs it. So a row
+        is the better suited the more rows run what it runs; it is measured by the part that it would pay more than in a
+        full batch of its own path,
+
+            sum over its visits v of 1 / (rows of the batch that run v + 1) - 1 / max_batch
+
+        The row that came first goes first in any case once it was passed over for as many rows as two batches have.
+        """
+        runs = visit_places(np.array([r.path for r in self.ready]), 0, 0)[0]
+        count = visit_places(np.array([r.path for r in self.running]), 0, 0)[0].sum(0) if self.running else 0 * runs[0]
+        left, chosen = list(range(len(self.ready))), []
         for _ in range(free):
-            added = np.maximum(paths[left] - union, 0).sum(1)
-            best = left.pop(int(added.argmin()))  # of several the first that came
-            union = np.maximum(union, paths[best])
-            chosen.append(self.ready[best])
-        self.ready = [self.ready[i] for i in left]
+            extra = (runs[left] * (1 / (count + 1) - 1 / self.max_batch)).sum(1)
+            best = 0 if self._passed >= 2 * self.max_batch else int(extra.argmin())  # of equals the first that came
+            self._passed = self._passed + 1 if best else 0
+            chosen.append(left.pop(best))
+            count = count + runs[chosen[-1]]
         return chosen
 
     def _decode(self) -> list[Delta]:

@@ -49,7 +49,8 @@ def generate(
                     it are there; "finished", each when it ends (`index` says whose it is); "tokens", a `Delta` for each
                     token of each prompt
     progress        a bar on stderr
-    engine          what `Engine` takes: max_batch, lookahead, max_prompt_tokens, kv_bytes, row_tokens, pack_weights
+    engine          what `Engine` takes: max_batch, lookahead, max_prompt_tokens, kv_bytes, row_tokens, pack_weights,
+                    order
 
     Answers do not depend on what else is answered: in fp32 they are, token for token, those of each prompt alone, up to
     scores that differ by less than the rounding of a sum. Raises TypeError or ValueError, for everything that can be
