@@ -1,0 +1,439 @@
+"""What routing, packing and grouping bring when many prompts are answered: SmolLM2-135M-Instruct, greedy.
+
+    python benchmarks/bench_generate.py --data FOLDER --output benchmarks/results/generate
+
+Prompts: questions and passages of FOLDER, or pieces of the bundled text without it, of 10 to 300 tokens, in an order
+that is drawn once. Every row makes the same work: of each prompt as many tokens as the dense model's own answer has (at most
+--max-new-tokens), so that routed answers that would end sooner or later are not faster or slower for that.
+
+    throughput   prompts answered in one call: Hugging Face's `generate` padded on the left at its best batch size (by
+                 arrival, and sorted by length), the engine dense, with the shipped routers and with static masks
+    order        the engine with small batches, rows joining by path or by arrival
+    latency      one prompt at a time: time to the first token, and from one token to the next
+    memory       keys and values held; resident memory while --many prompts are answered
+
+In each round all rows run in turn, forwards and backwards in alternation; the figures are medians over rounds of ratios
+taken within a round. `ideal` is what visits that cost nothing would leave: with s the share of the dense engine's time
+that is spent in blocks and v the visits run as a share of the dense model's, 1 / (1 - s (1 - v)) of its speed.
+Rounds that are done are kept in OUTPUT/rounds.jsonl, and a run that was broken off goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+
+import drllm_fast
+from drllm_fast import Sampling, StaticPolicy, build_info
+from drllm_fast.generation import Engine
+from drllm_fast.generation.calibration import _machine
+from drllm_fast.generation.decode_batch import DecodeBatch
+from drllm_fast.generation.prompt_forward import PromptForward
+from drllm_fast.influence import calibration_texts
+from drllm_fast.loading import from_pretrained  # noqa: F401  as users load
+from drllm_fast.routers import LayerRouters
+from drllm_fast.smollm2 import NAME, load_smollm2
+
+BUDGETS = (1.0, 0.9, 0.8)
+HF_BATCHES = (16, 32, 64, 128)
+FILES = ("arc_easy.train", "gsm8k.train", "squad_v2.dev", "hellaswag.dev", "commonsense_qa.train")
+
+
+def load_prompts(tokenizer: Any, data: Path | None, count: int, seed: int = 0) -> list[list[int]]:
+    """Token ids of `count` prompts, as many of each range of lengths as there are."""
+    rng = random.Random(seed)
+    if data is None:
+        words = " ".join(calibration_texts()).split()
+        sizes = [rng.randint(8, 220) for _ in range(4 * count)]
+        texts = [" ".join(words[at : at + size]) for size in sizes for at in (rng.randrange(len(words) - size),)]
+    else:
+        from drllm_fast.search.tasks import load_task
+
+        texts = []
+        for name in FILES:
+            file = next(data.glob(f"{name}.jsonl*"), None)
+            if file is not None:
+                texts += [item.prompt for item in load_task(str(file), limit=600)]
+    rng.shuffle(texts)
+    ranges: dict[int, list[list[int]]] = {}
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        if 10 <= len(ids) <= 300:
+            ranges.setdefault(len(ids) // 60, []).append(ids)
+    found: list[list[int]] = []
+    while len(found) < count and any(ranges.values()):
+        found += [some.pop() for some in ranges.values() if some]
+    rng.shuffle(found)
+    return found[:count]
+
+
+class Bench:
+    def __init__(self, dtype: torch.dtype, data: Path | None, prompts: int, max_new_tokens: int):
+        self.model, self.tokenizer = load_smollm2(dtype)
+        self.prompts = load_prompts(self.tokenizer, data, prompts)
+        self.layers = self.model.config.num_hidden_layers
+        self.new, self.lengths = max_new_tokens, [max_new_tokens] * prompts
+        dense = self.engine()[1]
+        self.lengths = [max(1, len(r.tokens)) for r in dense]
+        self.samplings = [Sampling(max_new_tokens=n, ignore_eos=True) for n in self.lengths]
+
+    # -- the contenders: each returns seconds, and what it says of itself
+    def engine(self, policy: object = None, budget: float | None = None, **options: Any) -> tuple[float, list]:
+        samplings = getattr(self, "samplings", Sampling(max_new_tokens=self.new))
+        if policy is not None:
+            self.model.enable_dynamic_routing(policy, budget=budget)
+        try:
+            began = time.perf_counter()
+            results = drllm_fast.generate(self.model, self.tokenizer, self.prompts, sampling=samplings, **options)
+            return time.perf_counter() - began, results
+        finally:
+            if policy is not None:
+                self.model.disable_dynamic_routing()
+
+    def hugging_face(self, batch: int, ordered: bool = False, prompts: list | None = None) -> tuple[float, list]:
+        prompts = self.prompts if prompts is None else prompts
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if ordered else list(range(len(prompts)))
+        answers: list[list[int]] = [[] for _ in prompts]
+        began = time.perf_counter()
+        for start in range(0, len(order), batch):
+            rows = order[start : start + batch]
+            width = max(len(prompts[i]) for i in rows)
+            ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(rows):
+                ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask[row, width - len(prompts[i]) :] = 1
+            out = self.model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=self.new, do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )  # fmt: skip
+            for row, i in enumerate(rows):
+                new = out[row, width:].tolist()
+                ends = [at for at, token in enumerate(new) if token == self.tokenizer.eos_token_id]
+                answers[i] = new[: ends[0]] if ends else new
+        return time.perf_counter() - began, answers
+
+    # -- what the ideal is made of
+    def share(self, results: list) -> float:
+        """Visits run as a share of the dense model's, over all tokens that went through blocks."""
+        tokens = [r.prompt_tokens + len(r.tokens) - 1 for r in results]
+        return sum(r.visits * n for r, n in zip(results, tokens, strict=True)) / (self.layers * sum(tokens))
+
+    def block_share(self, **options: Any) -> float:
+        """The share of the dense engine's time that is spent in blocks."""
+        with in_blocks() as spent:
+            seconds, _ = self.engine(**options)
+        return sum(spent) / seconds
+
+
+@contextmanager
+def in_blocks() -> Iterator[list[float]]:
+    """Seconds of each application of a block."""
+    spent: list[float] = []
+    kinds = (PromptForward, DecodeBatch)
+    before = [kind.run_layer for kind in kinds]
+
+    def timed(run: Callable) -> Callable:
+        def run_layer(self, *args, **kwargs):
+            began = time.perf_counter()
+            out = run(self, *args, **kwargs)
+            spent.append(time.perf_counter() - began)
+            return out
+
+        return run_layer
+
+    for kind, run in zip(kinds, before, strict=True):
+        kind.run_layer = timed(run)
+    try:
+        yield spent
+    finally:
+        for kind, run in zip(kinds, before, strict=True):
+            kind.run_layer = run
+
+
+def policies(bench: Bench, masks: Path | None) -> dict[str, tuple[Any, float | None]]:
+    routers = LayerRouters.from_pretrained(NAME)
+    found: dict[str, tuple[Any, float | None]] = {"dense": (None, None)}
+    for budget in BUDGETS:
+        found[f"routers {budget}"] = (routers, budget)
+    for budget in BUDGETS[1:]:
+        found[f"mask {budget}"] = (StaticPolicy.calibrate(bench.model, bench.tokenizer, budget=budget), None)
+    return found
+
+
+def resident_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+
+class Rounds:
+    """Measurements by part, round and row; kept line by line."""
+
+    def __init__(self, file: Path, about: dict):
+        self.file = file
+        self.found: dict[tuple[str, int, str], dict] = {}
+        if file.exists():
+            first, *lines = file.read_text().splitlines()
+            if json.loads(first) != about:
+                raise SystemExit(f"{file} holds rounds of another set-up: {first}; give another --output")
+            for line in lines:
+                entry = json.loads(line)
+                self.found[entry["part"], entry["round"], entry["row"]] = entry
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(about) + "\n")
+
+    def run(self, part: str, rounds: int, rows: dict[str, Callable[[], dict]]) -> None:
+        for turn in range(rounds):
+            for row in list(rows)[:: 1 if turn % 2 == 0 else -1]:
+                if (part, turn, row) in self.found:
+                    continue
+                entry = {"part": part, "round": turn, "row": row, **rows[row]()}
+                self.found[part, turn, row] = entry
+                with self.file.open("a") as out:
+                    out.write(json.dumps(entry) + "\n")
+                typer.echo(f"{part} round {turn}: {row} {entry.get('seconds', 0):.2f} s", err=True)
+
+    def of(self, part: str, row: str, name: str = "seconds") -> list[float]:
+        return [e[name] for (p, _, r), e in sorted(self.found.items()) if (p, r) == (part, row) and name in e]
+
+    def ratios(self, part: str, over: str, row: str) -> list[float]:
+        return [a / b for a, b in zip(self.of(part, over), self.of(part, row), strict=True)]
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f} - {max(values):.3f})"
+
+
+def ideal(block_share: float, share: float) -> float:
+    return 1 / (1 - block_share * (1 - share))
+
+
+def throughput(bench: Bench, rounds: Rounds, count: int, chosen: dict) -> list[str]:
+    sample = bench.prompts[:64]
+    if ("choose", 0, "batch") not in rounds.found:
+        tried = {b: bench.hugging_face(b, prompts=sample)[0] for b in HF_BATCHES if b <= len(sample)}
+        best = min(tried, key=tried.get)
+        rounds.run("choose", 1, {"batch": lambda: {"best": best, "tried": tried}})
+    best = int(rounds.of("choose", "batch", "best")[0])
+
+    def engine_row(policy: Any, budget: float | None) -> Callable[[], dict]:
+        def run() -> dict:
+            seconds, results = bench.engine(policy, budget)
+            assert [len(r.tokens) for r in results] == bench.lengths
+            return {"seconds": seconds, "share": bench.share(results), "paths": len({r.path for r in results})}
+
+        return run
+
+    def hugging_face_row(ordered: bool) -> Callable[[], dict]:
+        def run() -> dict:
+            seconds, answers = bench.hugging_face(best, ordered)
+            return {"seconds": seconds, "tokens": sum(map(len, answers))}
+
+        return run
+
+    rows: dict[str, Callable[[], dict]] = {
+        f"Hugging Face, batch {best}": hugging_face_row(False),
+        f"Hugging Face, batch {best}, sorted": hugging_face_row(True),
+        **{name: engine_row(*policy) for name, policy in chosen.items()},
+    }
+    rounds.run("throughput", count, rows)
+    rounds.run("blocks", 1, {"share": lambda: {"value": bench.block_share()}})
+    s = rounds.of("blocks", "share", "value")[0]
+    hf = f"Hugging Face, batch {best}"
+    lines = [
+        f"Blocks take {s:.3f} of the dense engine's time. {sum(map(len, bench.prompts))} prompt tokens, "
+        f"{sum(bench.lengths)} new tokens.",
+        "",
+        "| row | paths | visits | x Hugging Face | x dense engine | ideal | of ideal |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        over_hf = rounds.ratios("throughput", hf, row)
+        over_dense = rounds.ratios("throughput", "dense", row)
+        if row.startswith("Hugging"):
+            lines.append(f"| {row} | - | 1.000 | {spread(over_hf)} | {spread(over_dense)} | - | - |")
+            continue
+        share, paths = rounds.of("throughput", row, "share")[0], rounds.of("throughput", row, "paths")[0]
+        best_case = ideal(s, share)
+        of_ideal = [r / best_case for r in over_dense]
+        lines.append(
+            f"| {row} | {paths} | {share:.3f} | {spread(over_hf)} | {spread(over_dense)} | {best_case:.3f} | "
+            f"{spread(of_ideal)} |"
+        )
+    return lines
+
+
+def order(bench: Bench, rounds: Rounds, count: int, chosen: dict) -> list[str]:
+    routers = chosen["routers 0.8"]
+    rows = {
+        f"batch {batch}, {how}": (
+            lambda batch=batch, how=how: {
+                "seconds": bench.engine(*routers, max_batch=batch, lookahead=96, order=how)[0]
+            }
+        )
+        for batch in (8, 32)
+        for how in ("arrival", "paths")
+    }
+    rounds.run("order", count, rows)
+    lines = ["| batch | by path, over by arrival |", "|---|---:|"]
+    for batch in (8, 32):
+        ratio = rounds.ratios("order", f"batch {batch}, arrival", f"batch {batch}, paths")
+        lines.append(f"| {batch} | {spread(ratio)} |")
+    return lines
+
+
+def latency(bench: Bench, rounds: Rounds, count: int, chosen: dict) -> list[str]:
+    prompts = bench.prompts[:16]
+
+    def run(policy: Any, budget: float | None, timed: bool = False) -> dict:
+        if policy is not None:
+            bench.model.enable_dynamic_routing(policy, budget=budget)
+        firsts, each, visits = [], [], []
+        try:
+            with in_blocks() as spent, Engine(bench.model, bench.tokenizer, max_batch=1, lookahead=0) as engine:
+                blocks = [0.0, 0.0]
+                for prompt in prompts:
+                    request = engine.submit(prompt, Sampling(max_new_tokens=17, ignore_eos=True))
+                    steps = []
+                    while engine.busy:
+                        spent.clear()
+                        began = time.perf_counter()
+                        engine.step()
+                        steps.append(time.perf_counter() - began)
+                        blocks[len(steps) > 1] += sum(spent)
+                    firsts.append(steps[0])
+                    each.append(statistics.median(steps[1:]))
+                    visits.append(request.visits)
+        finally:
+            if policy is not None:
+                bench.model.disable_dynamic_routing()
+        tokens = [len(p) for p in prompts]
+        return {
+            "seconds": sum(each) / len(each),
+            "first": sum(firsts),
+            "share": sum(visits) / (bench.layers * len(visits)),
+            "first_share": sum(v * n for v, n in zip(visits, tokens, strict=True)) / (bench.layers * sum(tokens)),
+            "blocks_first": blocks[0] / sum(firsts),
+            "blocks": blocks[1] / (16 * sum(each)),
+        }
+
+    rows = {name: (lambda policy=policy: run(*policy)) for name, policy in chosen.items()}
+    rounds.run("latency", count, rows)
+    s_first = statistics.median(rounds.of("latency", "dense", "blocks_first"))
+    s = statistics.median(rounds.of("latency", "dense", "blocks"))
+    lines = [
+        "| row | visits | a token, of dense | ideal | over ideal | first token, of dense | ideal | over ideal |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        share = rounds.of("latency", row, "share")[0]
+        first_share = rounds.of("latency", row, "first_share")[0]
+        cells = []
+        for name, part, v in (("seconds", s, share), ("first", s_first, first_share)):
+            dense, own = rounds.of("latency", "dense", name), rounds.of("latency", row, name)
+            ratios = [a / b for a, b in zip(own, dense, strict=True)]
+            best = 1 - part * (1 - v)
+            cells.append(f"{spread(ratios)} | {best:.3f} | {statistics.median(ratios) / best:.3f}")
+        lines.append(f"| {row} | {share:.3f} | {cells[0]} | {cells[1]} |")
+    return lines
+
+
+def memory(bench: Bench, rounds: Rounds, chosen: dict, many: int) -> list[str]:
+    def run(policy: Any, budget: float | None) -> dict:
+        if policy is not None:
+            bench.model.enable_dynamic_routing(policy, budget=budget)
+        resident, visits, cells, dense_cells = [], 0, 0, 0
+        began = time.perf_counter()
+        try:
+            with Engine(bench.model, bench.tokenizer, row_tokens=364) as engine:
+                for i in range(many):
+                    engine.submit(bench.prompts[i % len(bench.prompts)], Sampling(max_new_tokens=4, ignore_eos=True))
+                done = 0
+                while engine.busy:
+                    for delta in engine.step():
+                        if delta.result is not None:
+                            done += 1
+                            held = delta.result.prompt_tokens + len(delta.result.tokens) - 1
+                            cells += delta.result.kv_bytes
+                            dense_cells += bench.layers * held * engine.pool.bytes_per_token()
+                            visits += delta.result.visits
+                            if done % (many // 8 or 1) == 0:
+                                resident.append(resident_bytes())
+                peak, rows, left = engine.stats.peak_kv_bytes, engine.stats.peak_rows, engine.pool.used
+        finally:
+            if policy is not None:
+                bench.model.disable_dynamic_routing()
+        return {
+            "seconds": time.perf_counter() - began,
+            "share": visits / (bench.layers * many), "held": cells / dense_cells,
+            "peak": peak, "rows": rows, "left": left, "early": resident[1], "late": resident[-1],
+        }  # fmt: skip
+
+    names = ("dense", "routers 0.8", "mask 0.8")
+    rounds.run("memory", 1, {name: (lambda name=name: run(*chosen[name])) for name in names})
+    lines = [
+        f"{many} prompts, 4 new tokens each.",
+        "",
+        "| row | visits | bytes held, of dense | peak MB | rows then | left | resident GB after 1/4 | at the end |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in names:
+        e = rounds.found["memory", 0, name]
+        lines.append(
+            f"| {name} | {e['share']:.4f} | {e['held']:.4f} | {e['peak'] / 1e6:.1f} | {e['rows']} | {e['left']} | "
+            f"{e['early'] / 1e9:.3f} | {e['late'] / 1e9:.3f} |"
+        )
+    return lines
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for the rounds and the report.")],
+    data: Annotated[Path | None, typer.Option(help="Folder with question files (JSON lines).")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    prompts: Annotated[int, typer.Option(min=64)] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    many: Annotated[int, typer.Option(min=8, help="Prompts of the memory part.")] = 2000,
+    parts: Annotated[str, typer.Option(help="Which parts, comma-separated.")] = "throughput,order,latency,memory",
+) -> None:
+    """Benchmark of `drllm_fast.generate`."""
+    bench = Bench(getattr(torch, dtype), data, prompts, max_new_tokens)
+    isa = (build_info()["extension"] or {}).get("instruction_set")
+    about = {
+        "model": NAME, "dtype": dtype, "prompts": len(bench.prompts), "max_new_tokens": max_new_tokens,
+        "device": _machine("cpu"), "threads": torch.get_num_threads(), "instruction_set": isa,
+        "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
+        "data": "given" if data else "bundled",
+    }  # fmt: skip
+    done = Rounds(output / "rounds.jsonl", about)
+    chosen = policies(bench, None)
+    report = [f"{name}: {value}" for name, value in about.items()]
+    makers = {
+        "throughput": lambda: throughput(bench, done, rounds, chosen),
+        "order": lambda: order(bench, done, rounds, chosen),
+        "latency": lambda: latency(bench, done, rounds, chosen),
+        "memory": lambda: memory(bench, done, chosen, many),
+    }
+    for part in parts.split(","):
+        report += ["", f"## {part}", "", *makers[part]()]
+    text = "\n".join(report) + "\n"
+    (output / "report.md").write_text(text)
+    typer.echo(text)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    typer.run(main)
