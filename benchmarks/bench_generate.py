@@ -3,8 +3,8 @@
     python benchmarks/bench_generate.py --data FOLDER --output benchmarks/results/generate
 
 Prompts: questions and passages of FOLDER, or pieces of the bundled text without it, of 10 to 300 tokens, in an order
-that is drawn once. Every row makes the same work: of each prompt as many tokens as the dense model's own answer has (at most
---max-new-tokens), so that routed answers that would end sooner or later are not faster or slower for that.
+that is drawn once. Every row makes the same work: of each prompt as many tokens as the dense model's own
+answer has (at most --max-new-tokens), so that no row is faster for answers that end sooner.
 
     throughput   prompts answered in one call: Hugging Face's `generate` padded on the left at its best batch size (by
                  arrival, and sorted by length), the engine dense, with the shipped routers and with static masks
