@@ -70,7 +70,7 @@ def limit(freedom, sigmas=4.5):
 
 
 def distribution(logits, sampling):
-    """The probability of each token in float64, and the order in which the tokens are laid out; one row, by the book."""
+    """The probability of each token in float64, and the order of the tokens; one row, by the book."""
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     scaled = [(float(logits[token]) - float(logits[order[0]])) / sampling.temperature for token in order]
     weights = [math.exp(max(x, -800.0)) if x > -math.inf else 0.0 for x in scaled]

@@ -79,15 +79,15 @@ def naive(tokenizer, tokens, stop):
 
 def streamed(tokenizer, tokens, stop=()):
     """(the pieces, the tokens that were pushed, the stream): as the engine does."""
-    stream, pieces, count = TextStream(tokenizer, stop), [], 0
-    for count, token in enumerate(tokens, 1):
+    stream, pieces = TextStream(tokenizer, stop), []
+    for token in tokens:
         pieces.append(stream.push(token))
         assert "".join(pieces) == stream.text
         if stream.stopped:
             break
     pieces.append(stream.finish())
     assert "".join(pieces) == stream.text
-    return pieces, count, stream
+    return pieces, len(stream.tokens), stream
 
 
 def check(tokenizer, tokens, stop=()):

@@ -89,7 +89,10 @@ class Engine:
             ("lookahead", lookahead, 0),
             ("max_prompt_tokens", max_prompt_tokens, 1),
             ("row_tokens", row_tokens, 1),
+            ("kv_tokens", kv_tokens, 1),
         ):
+            if name == "kv_tokens" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an integer, got {value!r:.80}")
             if value < low:
@@ -107,7 +110,7 @@ class Engine:
         self.ready: list[Request] = []
         self.running: list[Request] = []
         self._numbers = itertools.count()
-        self._policies: dict[float, Any] = {}
+        self._policies: dict[tuple, tuple[Any, Any]] = {}  # the policy, and its copy of that budget
         self._dense = GivenPlan([1] * self.num_layers)
         self._batch: DecodeBatch | None = None  # of `running`, as long as its rows stay
         self._around: ExitStack | None = None
@@ -128,6 +131,8 @@ class Engine:
         around, self._around = self._around, None
         for request in [*self.waiting, *self.ready, *self.running]:
             self.cancel(request)
+        self._policies.clear()
+        self.pool.keys = self.pool.values = None  # the model may have another dtype or device next time
         around.close()
 
     @contextmanager
@@ -227,11 +232,12 @@ class Engine:
             bound = max(1, int(policy.plan.sum(-1).max()))
         if budget is None:
             return policy, bound
-        if budget not in self._policies:
+        key = (id(policy), type(budget), budget)
+        if key not in self._policies:
             own = copy(policy)
             set_budget(own, budget)
-            self._policies[budget] = own
-        return self._policies[budget], bound
+            self._policies[key] = policy, own
+        return self._policies[key][1], bound
 
     # -- a step
     def step(self) -> list[Delta]:
@@ -246,10 +252,11 @@ class Engine:
             group = self._admitted()
             if not group:
                 self._refill()
+            rows = group or list(self.running)
             try:
                 return self._read(group) if group else self._decode()
             except BaseException:
-                for request in group or list(self.running):
+                for request in rows:
                     self._drop(request, "error")
                 raise
 
@@ -296,18 +303,18 @@ class Engine:
             raise
         if at < start + places:
             self.pool.release(at, start + places - at)
-        out = []
-        for request, path, count, place, token in zip(group, run.plan.tolist(), visits, starts, tokens, strict=True):
+        now = time.monotonic()
+        for request, path, count, place in zip(group, run.plan.tolist(), visits, starts, strict=True):
             self.waiting.popleft()
-            request.read_at = request.first_at = time.monotonic()
+            request.read_at = request.first_at = now
             request.path, request.visits, request.start = tuple(path), count, place
+            request.held = len(request.prompt)
             self.ready.append(request)
-            out.append(self._take(request, token))
         self.stats.prompts += len(group)
         self.stats.prompt_tokens += run.packed.tokens
         self.stats.prompt_forwards += 1
         self._note_peaks()
-        return out
+        return [self._take(request, token) for request, token in zip(group, tokens, strict=True)]
 
     def _refill(self) -> None:
         """Rows that are ready join the batch, those first whose paths add least to the blocks that it runs."""
@@ -356,6 +363,8 @@ class Engine:
         self.stats.steps += 1
         self.stats.visits += sum(r.visits for r in rows)
         self.stats.block_runs += self._batch.visits
+        for request in rows:
+            request.held += 1
         self._note_peaks()
         return [self._take(request, token) for request, token in zip(list(rows), tokens, strict=True)]
 

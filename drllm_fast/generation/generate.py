@@ -31,7 +31,7 @@ def generate(
     max_new_tokens: int | None = None,
     sampling: Sampling | Sequence[Sampling] | None = None,
     budgets: float | Sequence[float | None] | None = None,
-    paths: Sequence[Sequence[int]] | None = None,
+    paths: Sequence[Sequence[int] | None] | None = None,
     stream: Stream | None = None,
     progress: bool = False,
     **engine: Any,
@@ -44,7 +44,7 @@ def generate(
     max_new_tokens  of every answer; 64 unless `sampling` says otherwise
     sampling        how answers are chosen, one `Sampling` for all or one for each prompt; greedy by default
     budgets         in place of the policy's own budget, one for all or one for each prompt
-    paths           a layer path for each prompt, in place of what the policy says
+    paths           a layer path for each prompt, in place of what the policy says; None for one that it decides
     stream          None: a list of `Generation`. Else an iterator: "ordered", each `Generation` as soon as those before
                     it are there; "finished", each when it ends (`index` says whose it is); "tokens", a `Delta` for each
                     token of each prompt
@@ -64,7 +64,7 @@ def generate(
     each_budget = _each(budgets, float | int | None, count, "budgets")
     each_path = itertools.repeat(None) if paths is None else _listed(paths, count, "paths")
     runner = Engine(model, tokenizer, **engine)
-    jobs = zip(prompts, samplings, each_budget, each_path, strict=False)
+    jobs = _jobs(prompts, sampling=samplings, budgets=each_budget, paths=each_path)
     if count is not None:
         with runner:  # all are looked at before the first is worked on
             jobs = [(runner.encoded(prompt, s, budget=b, path=p), s, b, p) for prompt, s, b, p in jobs]
@@ -75,6 +75,18 @@ def generate(
     if stream == "finished":
         return results
     return _ordered(results) if stream == "ordered" else list(_ordered(results))
+
+
+def _jobs(prompts: Iterable, **each: Iterable) -> Iterator[tuple]:
+    """Each prompt with what is its own. ValueError where that ends before the prompts do."""
+    iterators = {name: iter(values) for name, values in each.items()}
+    missing = object()
+    for number, prompt in enumerate(prompts):
+        own = {name: next(values, missing) for name, values in iterators.items()}
+        for name, value in own.items():
+            if value is missing:
+                raise ValueError(f"{number} {name} for more prompts; give one for each")
+        yield prompt, *own.values()
 
 
 def _run(engine: Engine, jobs: Iterator[tuple]) -> Iterator[Delta]:

@@ -90,15 +90,15 @@ def _draw(logits: Tensor, samplings: Sequence[Sampling], u: Tensor) -> tuple[Ten
         return torch.tensor(values, dtype=dtype, device=logits.device).unsqueeze(1)
 
     vocabulary = logits.shape[1]
-    # The maximum goes first, since a low temperature would overflow; none may be 0 or infinite in fp32.
-    temperatures = [min(max(float(s.temperature), 1e-30), 1e30) for s in samplings]
-    scores = (logits - logits.amax(1, keepdim=True)) / column(temperatures, torch.float32)
     deepest = max(s.top_k or vocabulary for s in samplings)
     if deepest < vocabulary:
-        tokens = _most_probable(scores, deepest)
-        scores = scores.gather(1, tokens)
+        tokens = _most_probable(logits, deepest)
+        scores = logits.gather(1, tokens)
     else:
-        scores, tokens = scores.sort(dim=1, descending=True, stable=True)
+        scores, tokens = logits.sort(dim=1, descending=True, stable=True)
+    # The maximum goes first, since a low temperature would overflow; none may be 0 or infinite in fp32.
+    temperatures = [min(max(float(s.temperature), 1e-30), 1e30) for s in samplings]
+    scores = (scores - logits.amax(1, keepdim=True)) / column(temperatures, torch.float32)
     place = torch.arange(scores.shape[1], device=logits.device)
     top_k = column([s.top_k or vocabulary for s in samplings], torch.int64)
     p = scores.masked_fill(place >= top_k, -torch.inf).softmax(1, dtype=torch.float64)
