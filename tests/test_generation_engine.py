@@ -25,7 +25,7 @@ CASES = [
     (31, [0, 2, 1, 0], 5),
     (3, [1, 1, 1, 1], 8),
 ]
-TIGHT = {"max_batch": 3, "lookahead": 2, "max_prompt_tokens": 30, "kv_tokens": 230}
+TIGHT = {"max_batch": 3, "lookahead": 2, "max_prompt_tokens": 30, "kv_tokens": 400}
 
 
 @pytest.fixture
@@ -43,9 +43,21 @@ def scores(monkeypatch):
     return seen
 
 
+class Listed:
+    """The paths of known prompts, block by block."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def route(self, layer, prompts):
+        rows = prompts.input_ids.split(prompts.cu_seqlens.diff().tolist())
+        return torch.tensor([self.paths[tuple(row.tolist())][layer] for row in rows])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_rows_equal_each_alone(family, scores):
-    """Rows join and leave all the time: they have unlike lengths, paths and ends, and few fit at once."""
+    """Rows join and leave all the time: they have unlike lengths, paths and ends, and few fit at once. Most get their
+    paths from a policy, in forwards of several prompts; two bring their own."""
     model = tiny(family)
     rows = [row.tolist() for row in prompts([length for length, *_ in CASES])]
     answers = Answers(model)
@@ -53,9 +65,10 @@ def test_mixed_rows_equal_each_alone(family, scores):
     samplings = [Sampling(max_new_tokens=new) for *_, new in CASES]
     engine = Engine(model, Letters(), **TIGHT)
     engine.pool = Watched(engine.pool.size)
-    with engine:
-        for row, (_, path, _), sampling in zip(rows, CASES, samplings, strict=True):
-            engine.submit(row, sampling, path=path)
+    policy = Listed({tuple(row): path for row, (_, path, _) in zip(rows, CASES, strict=True)})
+    with routed(model, policy), engine:
+        for number, (row, (_, path, _), sampling) in enumerate(zip(rows, CASES, samplings, strict=True)):
+            engine.submit(row, sampling, path=path if number in (3, 6) else None)
         results = finished(engine)
         per_token = engine.pool.bytes_per_token()
     for index, ((tokens, logits), (length, path, new)) in enumerate(zip(expected, CASES, strict=True)):
@@ -67,6 +80,7 @@ def test_mixed_rows_equal_each_alone(family, scores):
         assert result.kv_bytes == sum(path) * (length + new - 1) * per_token
         assert 0 <= result.waited <= result.first_token <= result.seconds
     stats = engine.stats
+    assert stats.prompt_forwards < len(CASES)
     assert stats.peak_kv_bytes == engine.pool.most * per_token > 0 and not engine.pool.live
     assert (stats.prompts, stats.prompt_tokens) == (len(CASES), sum(length for length, *_ in CASES))
     assert stats.tokens == sum(new for *_, new in CASES)
@@ -304,3 +318,24 @@ def test_texts_chats_and_tensors_are_prompts(llama, answers):
     expected = answers(Letters().encode("user:hibot:yes"), [1] * LAYERS, 4)[0]
     assert [result.tokens for result in results] == [expected] * 4
     assert all(math.isfinite(result.seconds) for result in results)
+
+
+def test_a_model_without_logits_to_keep(answers):
+    """It gives the scores of every token of every prompt."""
+    model = tiny("llama")
+    own = model.forward
+    model.forward = lambda **given: own(**{**given, "logits_to_keep": 0})
+    results = generate(model, Letters(), ROWS, max_new_tokens=4, paths=[[1, 2, 0, 1]] * len(ROWS))
+    assert [result.tokens for result in results] == [answers(row, [1, 2, 0, 1], 4)[0] for row in ROWS]
+
+
+def test_a_step_keeps_nothing_of_the_step_before(llama):
+    """The parts of arguments that layers share would be held for as long as the rows stay."""
+    with Engine(llama, Letters(), max_batch=2) as engine:
+        for path in ([1, 0, 1, 1], [0, 1, 1, 2]):
+            engine.submit(ROWS[0], Sampling(20), path=path)
+        held = []
+        while engine.busy:
+            engine.step()
+            held.append(len(engine._batch._parts) if engine._batch else None)
+    assert len({n for n in held if n}) == 1 and len([n for n in held if n]) > 15

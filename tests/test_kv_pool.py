@@ -1,5 +1,7 @@
 """The pool of keys and values against a naive set of free places."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -48,27 +50,25 @@ def test_allocate_and_release_agree_with_a_set_of_free_places(size, data):
     assert pool.used == 0 and pool.largest == size and pool.allocate(size) == 0
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.integers(1, 12), st.data())
-def test_places_that_are_free_already_are_not_given_back_again(size, data):
-    pool = KVPool(size)
-    taken = []
-    while (start := pool.allocate(data.draw(st.integers(1, 4)))) is not None:
-        taken.append((start, pool.used - start))
-    for start, tokens in taken:
-        if data.draw(st.booleans()):
-            pool.release(start, tokens)
-    free = {place for start, tokens in [(0, 0), *map(tuple, pool._free)] for place in range(start, start + tokens)}
-    start, tokens = data.draw(st.integers(-2, size + 1)), data.draw(st.integers(-2, size + 2))
-    before = list(pool._free), pool.used
-    place = set(range(start, start + tokens))
-    if not place or place & free or min(place) < 0 or max(place) >= size:
-        with pytest.raises(ValueError):
-            pool.release(start, tokens)
-        assert (list(pool._free), pool.used) == before
-    else:
-        pool.release(start, tokens)
-        assert pool.used == before[1] - tokens
+def test_places_that_are_free_already_are_not_given_back_again():
+    """All patterns of six places, and all spans that could be given back."""
+    size = 6
+    for pattern in range(2**size):
+        free = {place for place in range(size) if pattern >> place & 1}
+        for start, end in itertools.product(range(-1, size + 2), repeat=2):
+            pool = KVPool(size)
+            pool.allocate(size)
+            for place in free:
+                pool.release(place, 1)
+            span = set(range(start, end))
+            if span and span <= set(range(size)) - free:
+                pool.release(start, end - start)
+            else:
+                with pytest.raises(ValueError, match="not a span"):
+                    pool.release(start, end - start)
+                span = set()
+            assert pool.used == size - len(free | span)
+            assert pool.largest == max((b - a for a, b in runs(free | span)), default=0)
 
 
 @pytest.mark.parametrize("tokens", [0, -1])

@@ -226,6 +226,14 @@ def test_top_p_takes_the_fewest_tokens(top_p, tokens):
     assert set(choose_tokens(logits.expand(400, -1), many, [3] * 400).tolist()) == tokens
 
 
+@pytest.mark.parametrize("top_k", [0, 4])
+@pytest.mark.parametrize("kept", [1, 2, 3, 4])
+def test_top_p_that_is_reached_exactly_takes_no_token_more(kept, top_k):
+    many = [Sampling(temperature=1.0, top_p=kept / 4, top_k=top_k, seed=seed) for seed in range(300)]
+    tokens = choose_tokens(torch.tensor([1.0, 1.0, 1.0, 1.0]).expand(300, -1), many, [0] * 300)
+    assert set(tokens.tolist()) == set(range(kept))
+
+
 @pytest.mark.parametrize(
     "options, error, said",
     [

@@ -103,7 +103,7 @@ def _draw(logits: Tensor, samplings: Sequence[Sampling], u: Tensor) -> tuple[Ten
     top_k = column([s.top_k or vocabulary for s in samplings], torch.int64)
     p = scores.masked_fill(place >= top_k, -torch.inf).softmax(1, dtype=torch.float64)
     before = p.cumsum(1) - p
-    p = p.masked_fill((before >= column([s.top_p for s in samplings], torch.float64)) & (place > 0), 0)
+    p = p.masked_fill(before >= column([s.top_p for s in samplings], torch.float64), 0)
     below = p.cumsum(1)
     # The first place whose cumulated probability exceeds u of the whole; never one that has none.
     at = (below <= u.unsqueeze(1) * below[:, -1:]).sum(1)
