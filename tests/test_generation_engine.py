@@ -339,3 +339,24 @@ def test_a_step_keeps_nothing_of_the_step_before(llama):
             engine.step()
             held.append(len(engine._batch._parts) if engine._batch else None)
     assert len({n for n in held if n}) == 1 and len([n for n in held if n]) > 15
+
+
+def test_how_much_is_read_at_once_and_how_many_rows_are_held(llama):
+    """Forwards are filled up to max_prompt_tokens, a longer prompt has one of its own; rows up to max_batch + lookahead
+    are read ahead, and the next ones when others have left."""
+    read = []
+
+    class Notes(ByContent):
+        def route(self, layer, prompts):
+            if layer == 0:
+                read.append(prompts.cu_seqlens.diff().tolist())
+            return super().route(layer, prompts)
+
+    lengths = [10, 10, 10, 40, 5, 6, 7, 8]
+    options = {"max_batch": 3, "lookahead": 3, "max_prompt_tokens": 30}
+    with routed(llama, Notes()), Engine(llama, Letters(), **options) as engine:
+        for row in prompts(lengths):
+            engine.submit(row.tolist(), Sampling(6))
+        results = finished(engine)
+    assert read[:3] == [[10, 10, 10], [40], [5, 6]] and sorted(sum(read[3:], [])) == [7, 8]
+    assert engine.stats.peak_rows == 6 and len(results) == 8 and engine.stats.prompt_forwards == len(read)

@@ -211,6 +211,7 @@ def test_the_highest_temperatures_draw_evenly_from_what_is_possible(temperature)
 def test_scores_that_are_no_distribution_are_taken_as_greedy_does_and_hurt_no_other_row(top_k):
     nan, inf = math.nan, math.inf
     logits = torch.tensor([[1.0, nan, 5.0], [0.0, 1.0, 2.0], [inf, 1.0, 2.0], [-inf, -inf, -inf], [nan, nan, nan]])
+    logits.view(torch.int32)[0, 1] = -(2**22)  # a NaN with a sign, as inf - inf gives
     some = [Sampling(temperature=0.8, top_k=top_k, seed=s) for s in range(5)]
     tokens = choose_tokens(logits, some, [0] * 5)
     assert tokens.tolist() == [1, choose_tokens(logits[1:2], some[1:2], [0]).item(), 0, 0, 0]
