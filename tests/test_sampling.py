@@ -198,6 +198,14 @@ def test_the_lowest_temperatures_are_greedy(temperature):
     assert choose_tokens(logits, [Sampling(temperature=temperature, seed=s) for s in (1, 2)], [0, 0]).tolist() == [1, 2]
 
 
+def test_equal_scores_of_any_size_are_drawn_evenly_at_a_low_temperature():
+    """3e38 / 0.1 is more than fp32 holds."""
+    many = [Sampling(temperature=0.1, seed=seed) for seed in range(2000)]
+    tokens = choose_tokens(torch.tensor([3e38, -3e38, 3e38]).expand(2000, -1), many, [0] * 2000)
+    counts = np.bincount(tokens, minlength=3)
+    assert counts[1] == 0 and chi_square(counts[[0, 2]], np.full(2, 1000)) < limit(1)
+
+
 @pytest.mark.parametrize("temperature", [1e6, 1e30, 1e39, 1.7e308])
 def test_the_highest_temperatures_draw_evenly_from_what_is_possible(temperature):
     logits = torch.tensor([-math.inf, 3.0, 1.0, -math.inf, -2.0]).expand(3000, -1)
