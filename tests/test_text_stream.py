@@ -145,6 +145,22 @@ def test_characters_of_many_bytes_one_after_the_other(kind):
             check(tokenizer, [*tokenizer("abcdefgh"[:lead])["input_ids"], *body, *tokenizer(" the end")["input_ids"]])
 
 
+@pytest.mark.parametrize("text", ["the cat sat on the mat, " * 30, "🦊" * 60], ids=["words", "emoji"])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_few_tokens_are_decoded_again(kind, text):
+    """However long the answer: twice the overlap, and a character."""
+    most = []
+
+    class Counts:
+        def decode(self, tokens, **options):
+            most.append(len(tokens))
+            return TOKENIZERS[kind]().decode(tokens, **options)
+
+    tokens = TOKENIZERS[kind]()(text)["input_ids"]
+    assert "".join(streamed(Counts(), tokens)[0]) == text
+    assert len(tokens) > 100 and max(most) <= 2 * 6 + 4
+
+
 STOPS = {
     "over the border of tokens": ("the cat sat on the mat", ["sat on th"], "the cat "),
     "inside one token": ("and the other", ["he o"], "and t"),
