@@ -67,7 +67,7 @@ MUTANTS = [
         f"{EVALUATOR} -k another_arithmetic",
     ),
     (  # LongRoPE turns short rows with the long ones
-        "drllm_fast/search/evaluator.py",
+        "drllm_fast/decoder.py",
         'rope.get("rope_type") == "longrope"',
         'rope.get("rope_type") == "none"',
         f"{EVALUATOR} -k refusals",

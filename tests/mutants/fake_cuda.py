@@ -16,9 +16,9 @@ MUTANTS = [
         f"{TEST} -k decoding",
     ),
     (  # each layout is copied by itself, and waited for
-        "drllm_fast/executor.py",
-        "(self.packed.tables.get(*table, device) for table in _layout_tables(new, starts, total))",
-        "(table[1]().to(device) for table in _layout_tables(new, starts, total))",
+        "drllm_fast/key_rows.py",
+        "(self.tables.get(*table, device) for table in layout_tables(*self.segments()))",
+        "(table[1]().to(device) for table in layout_tables(*self.segments()))",
         f"{TEST} -k decoding",
     ),
     (  # the one copy waits
