@@ -160,6 +160,8 @@ def test_the_kernel_checks_for_itself():
         op(x, panels.transpose(0, 2).contiguous().transpose(0, 2), bias, 20)
     with pytest.raises((ValueError, RuntimeError), match="packed for 8"):
         op(x[:, :7], panels, bias, 20)
+    with pytest.raises((ValueError, RuntimeError), match="features must be"):
+        op(x, panels, None, 20 + panels.shape[0] * panels.shape[2])
     with pytest.raises(RuntimeError, match="float32 and bfloat16"):
         op(x.half(), panels.half(), None, 20)
 

@@ -80,6 +80,7 @@ def step_cost(engine: Engine) -> StepCost:
 def _measure_steps(engine: Engine) -> StepCost:
     layers = engine.num_layers
     rest, blocks = [], []
+    engine.pack()
     with torch.inference_mode():
         for rows in ROWS:
             pool = KVPool(rows * layers * 8)

@@ -70,8 +70,9 @@ class Engine:
     lookahead          rows whose prompts are read before there is room in the batch, so that paths that suit each other
                        can be put together; None: as many as max_batch
     max_prompt_tokens  of a forward that reads prompts; a longer prompt has one of its own
-    kv_bytes           room for keys and values, all of it reserved at the start; None: for max_batch + lookahead rows
-                       of `row_tokens` tokens that run every block, but at most half of the memory that is free
+    kv_tokens          tokens of one visit for whose keys and values there is room, all of it reserved at the start;
+                       None: for max_batch + lookahead rows of `row_tokens` tokens that run every block, but at most
+                       half of the memory that is free
     pack_weights       on the CPU: multiply by packed copies of the weights (`packed_weights`), which take as much
                        memory again; None: where measuring says that it pays, and half of the free memory suffices
     order              "paths": rows that are ready join the batch that runs what they run; "arrival": as they came
@@ -88,7 +89,7 @@ class Engine:
         max_batch: int | None = None,
         lookahead: int | None = None,
         max_prompt_tokens: int = 4096,
-        kv_bytes: int | None = None,
+        kv_tokens: int | None = None,
         row_tokens: int = 1024,
         pack_weights: bool | None = None,
         order: str = "paths",
@@ -100,7 +101,7 @@ class Engine:
             ("max_batch", max_batch, 1),
             ("lookahead", lookahead, 0),
             ("max_prompt_tokens", max_prompt_tokens, 1),
-            ("kv_bytes", kv_bytes, 1),
+            ("kv_tokens", kv_tokens, 1),
             ("row_tokens", row_tokens, 1),
         ):
             if value is None:
@@ -113,7 +114,7 @@ class Engine:
         self.decoder = routable_decoder(self.top)
         self.num_layers = len(self.decoder.layers)
         self.max_batch, self.lookahead, self.max_prompt_tokens = max_batch, lookahead, max_prompt_tokens
-        self.kv_bytes, self.row_tokens = kv_bytes, row_tokens
+        self.kv_tokens, self.row_tokens = kv_tokens, row_tokens
         self.pool: KVPool | None = None
         self.packs = self._packs(pack_weights)
         self.positions = row_positions(self.decoder.config)
@@ -124,7 +125,7 @@ class Engine:
         self.ready: list[Request] = []
         self.running: list[Request] = []
         self._numbers = itertools.count()
-        self._policies: dict[float, Any] = {}
+        self._policies: dict[tuple, tuple[Any, Any]] = {}  # the policy, and its copy of that budget
         self._dense = GivenPlan([1] * self.num_layers)
         self._passed = 0  # rows that went before the one that is ready longest
         self._batch: DecodeBatch | None = None  # of `running`, as long as its rows stay
@@ -149,14 +150,24 @@ class Engine:
         with ExitStack() as around:
             around.enter_context(self._routed())
             around.enter_context(evaluating(self.top))
-            if self.packs:
-                around.enter_context(packed(packable(self.top)))
             self._owner = self.decoder._drllm_routing
             self._cache = EngineCache(self.decoder.config)
-            if self.pool is None:
-                self._settle()
+            self._packed = False
+            self._around = around
+            try:
+                if self.pool is None:
+                    self._settle()
+            except BaseException:
+                self._around = None
+                raise
             self._around = around.pop_all()
         return self
+
+    def pack(self) -> None:
+        """Pack the weights, where that is wanted, until the engine is left. The first step does."""
+        if self.packs and not self._packed:
+            self._around.enter_context(packed(packable(self.top)))
+        self._packed = True
 
     def _settle(self) -> None:
         """The sizes that were left open."""
@@ -164,20 +175,19 @@ class Engine:
             self.max_batch = step_cost(self).batch_size()
         if self.lookahead is None:
             self.lookahead = self.max_batch
-        size = kv_bytes_per_token(self.decoder.config, self.decoder.dtype)
-        tokens = (self.max_batch + self.lookahead) * self.num_layers * self.row_tokens
-        if self.kv_bytes is not None:
-            tokens = self.kv_bytes // size
-        elif tokens * size > free_bytes(self.device) // 2:
-            tokens = free_bytes(self.device) // 2 // size
-        if tokens < 1:
-            raise ValueError(f"kv_bytes is {self.kv_bytes}, and one token of one block takes {size}; raise it")
-        self.pool = KVPool(tokens)
+        tokens = self.kv_tokens
+        if tokens is None:
+            most = free_bytes(self.device) // 2 // kv_bytes_per_token(self.decoder.config, self.decoder.dtype)
+            rows = max(self.max_batch + self.lookahead, 2)  # a path of one row may have twice the visits
+            tokens = min(rows * self.num_layers * self.row_tokens, most)
+        self.pool = KVPool(max(tokens, 1))
 
     def __exit__(self, *exception: object) -> None:
         around, self._around = self._around, None
         for request in [*self.waiting, *self.ready, *self.running]:
             self.cancel(request)
+        self._policies.clear()
+        self.pool.keys = self.pool.values = None  # the model may have another dtype or device next time
         around.close()
 
     @contextmanager
@@ -245,7 +255,7 @@ class Engine:
         if bound * capacity > self.pool.size:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens and up to {new} new ones may need {bound * capacity} places for keys "
-                f"and values, the pool has {self.pool.size}; raise kv_bytes, or shorten the prompt or its answer"
+                f"and values, the pool has {self.pool.size}; raise kv_tokens, or shorten the prompt or its answer"
             )
         return Request(-1, ids, sampling, policy, bound, capacity, TextStream(self.tokenizer, sampling.stop))
 
@@ -277,11 +287,12 @@ class Engine:
             bound = max(1, int(policy.plan.sum(-1).max()))
         if budget is None:
             return policy, bound
-        if budget not in self._policies:
+        key = (id(policy), type(budget), budget)
+        if key not in self._policies:
             own = copy(policy)
             set_budget(own, budget)
-            self._policies[budget] = own
-        return self._policies[budget], bound
+            self._policies[key] = policy, own
+        return self._policies[key][1], bound
 
     # -- a step
     def step(self) -> list[Delta]:
@@ -292,14 +303,16 @@ class Engine:
         """
         if self._around is None:
             raise RuntimeError("use the engine inside `with engine:`")
+        self.pack()
         with torch.inference_mode():
             group = self._admitted()
             if not group:
                 self._refill()
+            rows = group or list(self.running)
             try:
                 return self._read(group) if group else self._decode()
             except BaseException:
-                for request in group or list(self.running):
+                for request in rows:
                     self._drop(request, "error")
                 raise
 
@@ -346,18 +359,18 @@ class Engine:
             raise
         if at < start + places:
             self.pool.release(at, start + places - at)
-        out = []
-        for request, path, count, place, token in zip(group, run.plan.tolist(), visits, starts, tokens, strict=True):
+        now = time.monotonic()
+        for request, path, count, place in zip(group, run.plan.tolist(), visits, starts, strict=True):
             self.waiting.popleft()
-            request.read_at = request.first_at = time.monotonic()
+            request.read_at = request.first_at = now
             request.path, request.visits, request.start = tuple(path), count, place
+            request.held = len(request.prompt)
             self.ready.append(request)
-            out.append(self._take(request, token))
         self.stats.prompts += len(group)
         self.stats.prompt_tokens += run.packed.tokens
         self.stats.prompt_forwards += 1
         self._note_peaks()
-        return out
+        return [self._take(request, token) for request, token in zip(group, tokens, strict=True)]
 
     def _refill(self) -> None:
         """Rows that are ready join the batch."""
@@ -421,6 +434,8 @@ class Engine:
         self.stats.steps += 1
         self.stats.visits += sum(r.visits for r in rows)
         self.stats.block_runs += self._batch.visits
+        for request in rows:
+            request.held += 1
         self._note_peaks()
         return [self._take(request, token) for request, token in zip(list(rows), tokens, strict=True)]
 

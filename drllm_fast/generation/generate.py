@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 
 from torch import nn
 
+from drllm_fast.generation.calibration import BATCHES
 from drllm_fast.generation.engine import Engine
 from drllm_fast.generation.requests import Delta, Generation, encode
 from drllm_fast.generation.sampling import Sampling
@@ -31,7 +32,7 @@ def generate(
     max_new_tokens: int | None = None,
     sampling: Sampling | Sequence[Sampling] | None = None,
     budgets: float | Sequence[float | None] | None = None,
-    paths: Sequence[Sequence[int]] | None = None,
+    paths: Sequence[Sequence[int] | None] | None = None,
     stream: Stream | None = None,
     progress: bool = False,
     **engine: Any,
@@ -44,12 +45,12 @@ def generate(
     max_new_tokens  of every answer; 64 unless `sampling` says otherwise
     sampling        how answers are chosen, one `Sampling` for all or one for each prompt; greedy by default
     budgets         in place of the policy's own budget, one for all or one for each prompt
-    paths           a layer path for each prompt, in place of what the policy says
+    paths           a layer path for each prompt, in place of what the policy says; None for one that it decides
     stream          None: a list of `Generation`. Else an iterator: "ordered", each `Generation` as soon as those before
                     it are there; "finished", each when it ends (`index` says whose it is); "tokens", a `Delta` for each
                     token of each prompt
     progress        a bar on stderr
-    engine          what `Engine` takes: max_batch, lookahead, max_prompt_tokens, kv_bytes, row_tokens, pack_weights,
+    engine          what `Engine` takes: max_batch, lookahead, max_prompt_tokens, kv_tokens, row_tokens, pack_weights,
                     order
 
     Answers do not depend on what else is answered: in fp32 they are, token for token, those of each prompt alone, up to
@@ -64,11 +65,13 @@ def generate(
     samplings = _each(_defaults(sampling, max_new_tokens), Sampling, count, "sampling")
     each_budget = _each(budgets, float | int | None, count, "budgets")
     each_path = itertools.repeat(None) if paths is None else _listed(paths, count, "paths")
-    jobs = zip(prompts, samplings, each_budget, each_path, strict=False)
+    jobs = _jobs(prompts, sampling=samplings, budgets=each_budget, paths=each_path)
     if count is not None:  # all are looked at before the first is worked on
         jobs = [(encode(tokenizer, prompt), s, b, p) for prompt, s, b, p in jobs]
         longest = max((len(ids) + s.max_new_tokens for ids, s, _, _ in jobs if isinstance(s, Sampling)), default=1)
         engine = {"row_tokens": longest, **engine}
+        if count <= BATCHES[0]:  # no batch would be smaller, so that nothing need be measured
+            engine = {"max_batch": max(count, 1), "lookahead": 0, **engine}
     runner = Engine(model, tokenizer, **engine)
     if count is not None:
         with runner:
@@ -81,6 +84,18 @@ def generate(
     if stream == "finished":
         return results
     return _ordered(results) if stream == "ordered" else list(_ordered(results))
+
+
+def _jobs(prompts: Iterable, **each: Iterable) -> Iterator[tuple]:
+    """Each prompt with what is its own. ValueError where that ends before the prompts do."""
+    iterators = {name: iter(values) for name, values in each.items()}
+    missing = object()
+    for number, prompt in enumerate(prompts):
+        own = {name: next(values, missing) for name, values in iterators.items()}
+        for name, value in own.items():
+            if value is missing:
+                raise ValueError(f"{number} {name} for more prompts; give one for each")
+        yield prompt, *own.values()
 
 
 def _run(engine: Engine, jobs: Iterator[tuple]) -> Iterator[Delta]:

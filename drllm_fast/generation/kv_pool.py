@@ -47,11 +47,11 @@ class KVPool:
         return None
 
     def release(self, start: int, tokens: int) -> None:
-        """Give a span back, or a part of one."""
+        """Give a span back, or a part of one. ValueError for what is free already, or not of this pool."""
         at = bisect_left(self._free, (start,))
         before = self._free[at - 1] if at else (0, 0)
         after = self._free[at] if at < len(self._free) else (self.size, 0)
-        if start < 0 or start + tokens > after[0] or (at and sum(before) > start):
+        if tokens < 1 or start < 0 or start + tokens > after[0] or (at and sum(before) > start):
             raise ValueError(f"tokens {start} to {start + tokens} are not a span of this pool")
         joins_before, joins_after = bool(at) and sum(before) == start, bool(after[1]) and start + tokens == after[0]
         low = before[0] if joins_before else start
@@ -65,11 +65,12 @@ class KVPool:
             self.keys, self.values = (
                 t.new_empty(self.size, t.shape[1], t.shape[3]).transpose(0, 1) for t in (keys, values)
             )
-        if (self.keys.shape[0], self.keys.shape[2]) != (keys.shape[1], keys.shape[3]):
-            raise NotImplementedError(
-                f"this model's layers keep keys of different shapes, {list(self.keys.shape)} and {list(keys.shape)}; "
-                "use model.generate"
-            )
+        for kept, new in ((self.keys, keys), (self.values, values)):
+            if (kept.shape[0], kept.shape[2]) != (new.shape[1], new.shape[3]):
+                raise NotImplementedError(
+                    "this model's layers keep keys or values of different shapes, "
+                    f"{[kept.shape[0], kept.shape[2]]} and {[new.shape[1], new.shape[3]]}; use model.generate"
+                )
         # [N, H_kv, D] lies densely: a token's heads are copied at once.
         self.keys.transpose(0, 1).index_copy_(0, index, keys[0].transpose(0, 1))
         self.values.transpose(0, 1).index_copy_(0, index, values[0].transpose(0, 1))

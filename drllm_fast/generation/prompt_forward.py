@@ -71,6 +71,8 @@ def read_prompts(
     run.input_ids = ids
     last = torch.tensor(packed.offsets[1:], device="cpu").sub_(1).to(device)
     logits = run_model(model, run, cache, ids, packed.positions(past), last)
+    if len(logits) != packed.batch:  # a model without `logits_to_keep` gives all of them
+        logits = logits.index_select(0, last)
     return run, logits
 
 

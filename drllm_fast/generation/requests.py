@@ -68,6 +68,7 @@ class Request:
     path: tuple[int, ...] = ()
     visits: int = 0
     start: int = 0  # of its span of the pool
+    held: int = 0  # tokens of each visit in its span; the newest is written by the next step
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None  # as of `Generation`; or "cancelled" or "error", without a Generation
 
@@ -75,11 +76,6 @@ class Request:
     def span(self) -> int:
         """Tokens of its span."""
         return self.visits * self.capacity
-
-    @property
-    def held(self) -> int:
-        """Tokens of each visit that its span holds: the newest is written by the next step."""
-        return len(self.prompt) + len(self.tokens) - 1
 
     def result(self, bytes_per_token: int) -> Generation:
         now = time.monotonic()

@@ -68,7 +68,9 @@ class Sampling:
 def choose_tokens(logits: Tensor, samplings: Sequence[Sampling], numbers: Sequence[int]) -> Tensor:
     """int64 [B] on the device of logits [B, V]: the token that each row chooses; numbers[b] counts row b's tokens.
 
-    Drawing inverts the distribution function at `uniform(seed, number)`, over the tokens in the order of their scores.
+    Drawing inverts the distribution function at `uniform(seed, number)`, over the tokens in the order of their scores,
+    of equal ones the lower token first. Where scores give no distribution (NaN, an infinity that is no mask) a row
+    takes what is greedy there: NaN counts as the largest.
     """
     chosen = logits.argmax(-1)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
@@ -76,31 +78,47 @@ def choose_tokens(logits: Tensor, samplings: Sequence[Sampling], numbers: Sequen
         index = torch.tensor(drawn, device=logits.device)
         some = [samplings[row] for row in drawn]
         u = uniform([s.seed for s in some], [numbers[row] for row in drawn])
-        chosen[index] = _draw(logits.index_select(0, index).float(), some, torch.from_numpy(u).to(logits.device))
+        tokens, sound = _draw(logits.index_select(0, index).float(), some, torch.from_numpy(u).to(logits.device))
+        chosen[index] = torch.where(sound, tokens, chosen[index])
     return chosen
 
 
-def _draw(logits: Tensor, samplings: Sequence[Sampling], u: Tensor) -> Tensor:
+def _draw(logits: Tensor, samplings: Sequence[Sampling], u: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens int64 [n], and bool [n]: where there was a distribution to draw from."""
+
     def column(values: list, dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=logits.device).unsqueeze(1)
 
     vocabulary = logits.shape[1]
-    # The maximum goes first, since a low temperature would overflow.
-    scores = (logits - logits.amax(1, keepdim=True)) / column([s.temperature for s in samplings], torch.float32)
     deepest = max(s.top_k or vocabulary for s in samplings)
-    scores, tokens = (
-        scores.topk(deepest, sorted=True) if deepest < vocabulary else scores.sort(1, descending=True, stable=True)
-    )
+    if deepest < vocabulary:
+        tokens = _most_probable(logits, deepest)
+        scores = logits.gather(1, tokens)
+    else:
+        scores, tokens = logits.sort(dim=1, descending=True, stable=True)
+    # The maximum goes first, since a low temperature would overflow; none may be 0 or infinite in fp32.
+    temperatures = [min(max(float(s.temperature), 1e-30), 1e30) for s in samplings]
+    scores = (scores - logits.amax(1, keepdim=True)) / column(temperatures, torch.float32)
     place = torch.arange(scores.shape[1], device=logits.device)
     top_k = column([s.top_k or vocabulary for s in samplings], torch.int64)
     p = scores.masked_fill(place >= top_k, -torch.inf).softmax(1, dtype=torch.float64)
     before = p.cumsum(1) - p
-    p = p.masked_fill((before >= column([s.top_p for s in samplings], torch.float64)) & (place > 0), 0)
+    p = p.masked_fill(before >= column([s.top_p for s in samplings], torch.float64), 0)
     below = p.cumsum(1)
     # The first place whose cumulated probability exceeds u of the whole; never one that has none.
-    at = (below <= u.unsqueeze(1) * below[:, -1:]).sum(1).clamp(max=scores.shape[1] - 1)
-    at = torch.minimum(at, (p > 0).sum(1) - 1)
-    return tokens.gather(1, at.unsqueeze(1)).squeeze(1)
+    at = (below <= u.unsqueeze(1) * below[:, -1:]).sum(1)
+    at = torch.minimum(at, (p > 0).sum(1) - 1).clamp(min=0)
+    return tokens.gather(1, at.unsqueeze(1)).squeeze(1), below[:, -1].isfinite()
+
+
+def _most_probable(scores: Tensor, k: int) -> Tensor:
+    """int64 [n, k], in order. `topk` leaves open which of equal scores it takes, and bf16 has many: a row's choice
+    would depend on how deep its neighbours look."""
+    bits = (scores + 0.0).view(torch.int32)  # no -0.0
+    rising = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    last = scores.shape[1] - 1
+    keys = (rising << 32) | (last - torch.arange(last + 1, device=scores.device))
+    return last - (keys.topk(k, sorted=True).values & 0xFFFFFFFF)
 
 
 def uniform(seeds: Sequence[int], numbers: Sequence[int]) -> np.ndarray:

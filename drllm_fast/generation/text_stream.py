@@ -7,6 +7,7 @@ from typing import Any
 
 # Tokens before a new one that its text may depend on: accents that join, spaces that a first word loses.
 OVERLAP = 6
+LONGEST_CHARACTER = 4  # bytes of UTF-8, each a token at worst
 
 
 class TextStream:
@@ -14,7 +15,9 @@ class TextStream:
     the whole text.
 
     A character of several tokens comes when it is complete, and what may be the beginning of a stop text when it is
-    known not to be one. `stopped` once a stop text is complete: it and what follows do not belong to the text.
+    known not to be one. Where a tokenizer takes back what it had made of tokens (bytes that turn out to be no UTF-8),
+    what was handed out stays, and the tokens after it are decoded on their own. `stopped` once a stop text is complete,
+    of several in one token the one that begins first: it and what follows do not belong to the text.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
@@ -24,26 +27,40 @@ class TextStream:
         self.text = ""  # handed out
         self._held = ""  # decoded, kept back
         self._from = 0  # the tokens from here on are decoded again with a new one
-        self._known = ""  # their text
+        self._known = ""  # their text, up to the tokens of which something was made
+        self._said = 0  # number of those tokens
 
     def push(self, token: int) -> str:
         self.tokens.append(token)
         whole = self._decode(self.tokens[self._from :])
-        if whole.endswith("\ufffd") or not whole.startswith(self._known):
+        if whole.endswith("\ufffd"):
             return ""
-        new = whole[len(self._known) :]
-        if len(self.tokens) - self._from > 2 * OVERLAP:
-            self._from = len(self.tokens) - OVERLAP
+        return self._add(self._new(whole))
+
+    def _new(self, whole: str) -> str:
+        """What is new in the text of the tokens decoded again."""
+        if not whole.startswith(self._known):
+            self._from, self._known = self._said, ""
             whole = self._decode(self.tokens[self._from :])
-        self._known = whole
-        return self._add(new)
+        new = whole[len(self._known) :]
+        self._known, self._said = whole, len(self.tokens)
+        if self._said - self._from > 2 * OVERLAP:
+            self._forget(whole)
+        return new
+
+    def _forget(self, whole: str) -> None:
+        """Decode fewer tokens again, from a place that cuts no character and has a word before what is to come."""
+        for begin in range(len(self.tokens) - OVERLAP, len(self.tokens) - OVERLAP - LONGEST_CHARACTER, -1):
+            known = self._decode(self.tokens[begin:])
+            if whole.endswith(known) and known.strip():
+                self._from, self._known = begin, known
+                return
 
     def finish(self) -> str:
         """What was kept back and belongs to the text after all."""
         if self.stopped:
             return ""
-        whole, had = self._decode(self.tokens), self.text + self._held
-        rest = self._add(whole[len(had) :]) if whole.startswith(had) else ""
+        rest = self._add(self._new(self._decode(self.tokens[self._from :])))
         if not self.stopped:
             rest += self._held
             self.text += self._held
