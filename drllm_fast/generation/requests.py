@@ -69,6 +69,7 @@ class Request:
     visits: int = 0
     start: int = 0  # of its span of the pool
     tokens: list[int] = field(default_factory=list)
+    ended: bool = False  # by an end-of-sequence token, which is not among `tokens`
     finish_reason: str | None = None  # as of `Generation`; or "cancelled" or "error", without a Generation
 
     @property
@@ -79,7 +80,7 @@ class Request:
     @property
     def held(self) -> int:
         """Tokens of each visit that its span holds: the newest is written by the next step."""
-        return len(self.prompt) + len(self.tokens) - 1
+        return len(self.prompt) + len(self.tokens) - (not self.ended)
 
     def result(self, bytes_per_token: int) -> Generation:
         now = time.monotonic()
