@@ -65,6 +65,22 @@ def test_a_path(tiny):
     assert out["totals"]["kv_bytes"] == 30 * LAYERS * 2 * 2 * 8 * 4
 
 
+def test_an_end_of_sequence_is_no_token_of_the_answer(tiny, tmp_path):
+    """It is chosen and never read, so that the row holds its prompt and its answer."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps({"prompt": "Hello"}))
+    assert call(*command(tiny, source, target, policy="path:1,0,2,1")).exit_code == 0
+    tokens = answers(target)[1]["tokens"]
+    folder = tiny_folder(tmp_path / "ends")
+    for end in (tokens[0], tokens[2]):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+        (row,) = as_json(generate(folder, "path:1,0,2,1", "--json", prompts=("Hello",)))["results"]
+        assert row["tokens"] == 5 + tokens.index(end) and row["kv_bytes"] == row["tokens"] * LAYERS * 2 * 2 * 8 * 4
+        assert call(*command(folder, source, target, "--overwrite", policy="path:1,0,2,1")).exit_code == 0
+        ended = answers(target)[1]
+        assert (ended["tokens"], ended["finish_reason"]) == (tokens[: tokens.index(end)], "stop")
+
+
 def test_edits_are_a_path(tiny):
     edits, path = generate(tiny, "skip:1;repeat:2", "--json"), generate(tiny, "path:1,0,2,1", "--json")
     assert as_json(edits)["results"] == as_json(path)["results"]
@@ -398,7 +414,7 @@ def test_a_run_that_was_killed_goes_on(tiny, tmp_path):
         "import time; from drllm_fast import cli; from drllm_fast.generation.prompt_files import AnswerFile as File\n"
         "add = File.add\n"
         "def slow(self, *a):\n"
-        "    add(self, *a); time.sleep(0.05)\n"
+        "    add(self, *a); time.sleep(0.2)\n"
         "    if len(self.done) == 5: print('five', flush=True)\n"
         "File.add = slow; cli.main()"
     )
