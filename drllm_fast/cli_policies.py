@@ -20,6 +20,12 @@ class Criterion(str, Enum):
     cka = "cka"
 
 
+def check_budget(budget: float) -> None:
+    """typer.BadParameter for what is no `--budget`."""
+    if not 0 < budget <= 1:
+        raise typer.BadParameter(f"--budget {budget}: a share of the dense model's blocks, above 0 and at most 1")
+
+
 def parse_policy(text: str, budget: float | None) -> tuple[str, Any]:
     """What `--policy` says, as (kind, value), before anything heavy is loaded. Raises typer.BadParameter."""
     kind, value = _parse_policy(text)

@@ -443,7 +443,7 @@ class Engine:
         """A row's next token, and its end if it is that."""
         self.stats.tokens += 1
         if token in self.ends and not request.sampling.ignore_eos:
-            request.finish_reason = "stop"
+            request.finish_reason, request.ended = "stop", True
             new, text = [], ""
         else:
             request.tokens.append(token)
