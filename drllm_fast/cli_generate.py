@@ -174,7 +174,8 @@ def _run(
                 ended = delta.result is not None
                 rest = sampling.max_new_tokens - len(delta.result.tokens) if ended else 0
                 progress.advance(task, len(delta.tokens) + rest)
-    return [request.text.text.strip() for request in requests], _stats(engine, requests)
+        stats = _stats(engine, requests)
+    return [request.text.text.strip() for request in requests], stats
 
 
 def _stats(engine: Any, requests: list[Any]) -> RoutingStats:

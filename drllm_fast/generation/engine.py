@@ -230,9 +230,11 @@ class Engine:
         self.waiting.append(request)
         return request
 
-    def check(self, prompt: Any, sampling: Sampling, *, budget: float | None, path: Sequence[int] | None) -> None:
-        """Raise what `submit` would raise."""
-        self._request(prompt, sampling, budget, path)
+    def encoded(
+        self, prompt: Any, sampling: Sampling, *, budget: float | None, path: Sequence[int] | None
+    ) -> list[int]:
+        """The tokens of a prompt that `submit` would take. Raises what it would raise."""
+        return self._request(prompt, sampling, budget, path).prompt
 
     def _request(self, prompt: Any, sampling: Sampling, budget: float | None, path: Sequence[int] | None) -> Request:
         if self._around is None:
@@ -443,7 +445,7 @@ class Engine:
         """A row's next token, and its end if it is that."""
         self.stats.tokens += 1
         if token in self.ends and not request.sampling.ignore_eos:
-            request.finish_reason, request.ended = "stop", True
+            request.finish_reason = "stop"
             new, text = [], ""
         else:
             request.tokens.append(token)

@@ -76,7 +76,7 @@ def generate(
     if count is not None:
         with runner:
             for ids, s, b, p in jobs:
-                runner.check(ids, s, budget=b, path=p)
+                runner.encoded(ids, s, budget=b, path=p)
     answers = _progress(_run(runner, iter(jobs)), count, progress)
     if stream == "tokens":
         return answers

@@ -21,10 +21,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from drllm_fast import __version__
+from drllm_fast.atomic import explained, written
 from drllm_fast.generation.prompt_rows import PromptRow, check_row
 from drllm_fast.generation.requests import Generation
 from drllm_fast.generation.sampling import Sampling
-from drllm_fast.search.atomic import explained, written
 from drllm_fast.search.rows import SUFFIXES, read_jsonl
 
 FORMAT = {"format": "drllm-fast answers", "format_version": 1}

@@ -102,7 +102,7 @@ def encode_rows(
     if chat is None:
         chat = getattr(tokenizer, "chat_template", None) is not None
     tokens = []
-    with Engine(model, tokenizer, kv_tokens=NO_LIMIT) as engine:
+    with Engine(model, tokenizer, max_batch=1, lookahead=0, kv_tokens=NO_LIMIT) as engine:
         for row in rows:
             prompt = row.prompt
             if chat and isinstance(prompt, str):
