@@ -108,13 +108,14 @@ def finished(engine, taken=None):
 
 def check(engine: Engine):
     """What holds between steps: limits are kept, and the rows' spans are what the pool has given away."""
-    rows = [*engine.ready, *engine.running]
-    assert len(engine.running) <= engine.max_batch and len(rows) <= engine.max_batch + engine.lookahead
+    rows = [*engine.schedule.ready, *engine.schedule.running]
+    assert len(engine.schedule.running) <= engine.schedule.max_batch
+    assert len(rows) <= engine.schedule.max_batch + engine.schedule.lookahead
     spans = sorted((r.start, r.start + r.visits * r.capacity) for r in rows if r.visits)
     assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
     assert all(0 <= start and end <= engine.pool.size for start, end in spans)
     assert engine.pool.used == sum(end - start for start, end in spans)
-    assert all(request.finish_reason is None for request in (*rows, *engine.waiting))
+    assert all(request.finish_reason is None for request in (*rows, *engine.schedule.waiting))
 
 
 class Breaks(ByContent):

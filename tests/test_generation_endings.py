@@ -102,7 +102,7 @@ def test_cancel_in_every_state(llama, answers):
             requests = [engine.submit(row, Sampling(8), path=path) for row in ROWS]
             results, cancelled = {}, []
             while engine.busy:
-                queue = {"waiting": engine.waiting, "ready": engine.ready, "running": engine.running}.get(state_name)
+                queue = getattr(engine.schedule, state_name, None)
                 if queue and len(cancelled) < 3 and engine.stats.steps >= 2 * len(cancelled):
                     request = queue[len(queue) // 2]
                     engine.cancel(request)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -22,13 +21,14 @@ from torch import nn
 from drllm_fast.decoder import end_tokens, routable_decoder, row_positions, unwrap
 from drllm_fast.enable import disable_dynamic_routing, enable_dynamic_routing
 from drllm_fast.generation.calibration import packing_pays, step_cost
-from drllm_fast.generation.decode_batch import DecodeBatch, place_prompts, visit_places
+from drllm_fast.generation.decode_batch import DecodeBatch, place_prompts
 from drllm_fast.generation.kv_pool import KVPool, kv_bytes_per_token
 from drllm_fast.generation.memory import free_bytes
 from drllm_fast.generation.packed_weights import packable, packed
 from drllm_fast.generation.prompt_forward import EngineCache, read_prompts
 from drllm_fast.generation.requests import Delta, Request, encode
 from drllm_fast.generation.sampling import Sampling, choose_tokens
+from drllm_fast.generation.schedule import Schedule, joint_policy
 from drllm_fast.generation.text_stream import TextStream
 from drllm_fast.influence import evaluating
 from drllm_fast.planner import order_rows
@@ -96,7 +96,6 @@ class Engine:
     ):
         if order not in ("paths", "arrival"):
             raise ValueError(f"order must be 'paths' or 'arrival', got {order!r:.80}")
-        self.order = order
         for name, value, low in (
             ("max_batch", max_batch, 1),
             ("lookahead", lookahead, 0),
@@ -113,7 +112,8 @@ class Engine:
         self.top, self.tokenizer = unwrap(model), tokenizer
         self.decoder = routable_decoder(self.top)
         self.num_layers = len(self.decoder.layers)
-        self.max_batch, self.lookahead, self.max_prompt_tokens = max_batch, lookahead, max_prompt_tokens
+        self.schedule = Schedule(max_batch or 0, lookahead or 0, max_prompt_tokens, order)
+        self._open = max_batch is None, lookahead is None  # sizes to be settled
         self.kv_tokens, self.row_tokens = kv_tokens, row_tokens
         self.pool: KVPool | None = None
         self.packs = self._packs(pack_weights)
@@ -121,13 +121,9 @@ class Engine:
         self.vocabulary = self.top.config.get_text_config(decoder=True).vocab_size
         self.ends = end_tokens(self.top, tokenizer)
         self.stats = EngineStats()
-        self.waiting: deque[Request] = deque()
-        self.ready: list[Request] = []
-        self.running: list[Request] = []
         self._numbers = itertools.count()
         self._policies: dict[tuple, tuple[Any, Any]] = {}  # the policy, and its copy of that budget
         self._dense = GivenPlan([1] * self.num_layers)
-        self._passed = 0  # rows that went before the one that is ready longest
         self._batch: DecodeBatch | None = None  # of `running`, as long as its rows stay
         self._around: ExitStack | None = None
 
@@ -171,20 +167,21 @@ class Engine:
 
     def _settle(self) -> None:
         """The sizes that were left open."""
-        if self.max_batch is None:
-            self.max_batch = step_cost(self).batch_size()
-        if self.lookahead is None:
-            self.lookahead = self.max_batch
+        if self._open[0]:
+            self.schedule.max_batch = step_cost(self).batch_size()
+        if self._open[1]:
+            self.schedule.lookahead = self.schedule.max_batch
         tokens = self.kv_tokens
         if tokens is None:
             most = free_bytes(self.device) // 2 // kv_bytes_per_token(self.decoder.config, self.decoder.dtype)
-            rows = max(self.max_batch + self.lookahead, 2)  # a path of one row may have twice the visits
+            # At least two: the path of one row may have twice the visits.
+            rows = max(self.schedule.max_batch + self.schedule.lookahead, 2)
             tokens = min(rows * self.num_layers * self.row_tokens, most)
         self.pool = KVPool(max(tokens, 1))
 
     def __exit__(self, *exception: object) -> None:
         around, self._around = self._around, None
-        for request in [*self.waiting, *self.ready, *self.running]:
+        for request in [*self.schedule.waiting, *self.schedule.ready, *self.schedule.running]:
             self.cancel(request)
         self._policies.clear()
         self.pool.keys = self.pool.values = None  # the model may have another dtype or device next time
@@ -207,7 +204,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.ready or self.running)
+        return bool(len(self.schedule))
 
     # -- prompts in and out
     def submit(
@@ -227,7 +224,7 @@ class Engine:
         """
         request = self._request(prompt, Sampling() if sampling is None else sampling, budget, path)
         request.index = next(self._numbers)
-        self.waiting.append(request)
+        self.schedule.waiting.append(request)
         return request
 
     def encoded(
@@ -307,10 +304,10 @@ class Engine:
             raise RuntimeError("use the engine inside `with engine:`")
         self.pack()
         with torch.inference_mode():
-            group = self._admitted()
-            if not group:
-                self._refill()
-            rows = group or list(self.running)
+            group = self.schedule.prompts(self.pool.largest)
+            if not group and self.schedule.refill():
+                self._batch = None
+            rows = group or list(self.schedule.running)
             try:
                 return self._read(group) if group else self._decode()
             except BaseException:
@@ -318,35 +315,12 @@ class Engine:
                     self._drop(request, "error")
                 raise
 
-    def _admitted(self) -> list[Request]:
-        """Waiting prompts, in their order, that are read now: in one forward, for one policy, with room in the pool."""
-        room = self.max_batch + self.lookahead - len(self.running) - len(self.ready)
-        if not self.waiting or room < 1:
-            return []
-        # A forward for one short prompt costs almost what it costs for several, so they are let to gather while
-        # enough rows decode.
-        if len(self.running) + len(self.ready) > self.max_batch * 3 // 4 and room < min(
-            len(self.waiting), self.max_batch // 4
-        ):
-            return []
-        group: list[Request] = []
-        tokens = places = 0
-        for request in itertools.islice(self.waiting, room):
-            tokens += len(request.prompt)
-            places += request.bound * request.capacity
-            if group and (tokens > self.max_prompt_tokens or request.policy is not group[0].policy):
-                break
-            if places > self.pool.largest:
-                break
-            group.append(request)
-        return group
-
     def _read(self, group: list[Request]) -> list[Delta]:
         places = sum(request.bound * request.capacity for request in group)
         start = self.pool.allocate(places)
         try:
             run, logits = read_prompts(
-                self.top, self._cache, self._owner, [r.prompt for r in group], self.num_layers, group[0].policy,
+                self.top, self._cache, self._owner, [r.prompt for r in group], self.num_layers, joint_policy(group),
                 self.device,
             )  # fmt: skip
             tokens = choose_tokens(logits, [r.sampling for r in group], [0] * len(group)).tolist()
@@ -363,64 +337,24 @@ class Engine:
             self.pool.release(at, start + places - at)
         now = time.monotonic()
         for request, path, count, place in zip(group, run.plan.tolist(), visits, starts, strict=True):
-            self.waiting.popleft()
             request.read_at = request.first_at = now
             request.path, request.visits, request.start = tuple(path), count, place
             request.held = len(request.prompt)
-            self.ready.append(request)
+        self.schedule.read(group)
         self.stats.prompts += len(group)
         self.stats.prompt_tokens += run.packed.tokens
         self.stats.prompt_forwards += 1
         self._note_peaks()
         return [self._take(request, token) for request, token in zip(group, tokens, strict=True)]
 
-    def _refill(self) -> None:
-        """Rows that are ready join the batch."""
-        free = self.max_batch - len(self.running)
-        if free < 1 or not self.ready:
-            return
-        self.running += self._chosen(free)
-        self._batch = None
-
-    def _chosen(self, free: int) -> list[Request]:
-        if free >= len(self.ready):
-            chosen, self.ready = self.ready, []
-            return chosen
-        order = range(free) if self.order == "arrival" else self._suited(free)
-        chosen = [self.ready[i] for i in order]
-        self.ready = [request for request in self.ready if request not in chosen]
-        return chosen
-
-    def _suited(self, free: int) -> list[int]:
-        """Which of the rows that are ready come next.
-
-        A block that n rows of the batch run costs each of them a part 1 / n of what it costs whoever runs it. So a row
-        is the better suited the more rows run what it runs; it is measured by the part that it would pay more than in a
-        full batch of its own path,
-
-            sum over its visits v of 1 / (rows of the batch that run v + 1) - 1 / max_batch
-
-        The row that came first goes first in any case once it was passed over for as many rows as two batches have.
-        """
-        runs = visit_places(np.array([r.path for r in self.ready]), 0, 0)[0]
-        count = visit_places(np.array([r.path for r in self.running]), 0, 0)[0].sum(0) if self.running else 0 * runs[0]
-        left, chosen = list(range(len(self.ready))), []
-        for _ in range(free):
-            extra = (runs[left] * (1 / (count + 1) - 1 / self.max_batch)).sum(1)
-            best = 0 if self._passed >= 2 * self.max_batch else int(extra.argmin())  # of equals the first that came
-            self._passed = self._passed + 1 if best else 0
-            chosen.append(left.pop(best))
-            count = count + runs[chosen[-1]]
-        return chosen
-
     def _decode(self) -> list[Delta]:
-        rows = self.running
+        rows = self.schedule.running
         if not rows:
             return []
         if self._batch is None:
             if len({r.path for r in rows}) > 1:
                 order = order_rows([r.path for r in rows])
-                rows = self.running = [rows[i] for i in order]
+                rows = self.schedule.running = [rows[i] for i in order]
             self._batch = DecodeBatch(
                 self._owner,
                 self.pool,
@@ -463,21 +397,13 @@ class Engine:
     def _drop(self, request: Request, reason: str) -> None:
         """A row ends and leaves."""
         request.finish_reason = reason
-        for queue in (self.waiting, self.ready, self.running):
-            if request in queue:
-                queue.remove(request)
-                break
-        else:
-            return
-        if queue is self.waiting:
-            return
-        if queue is self.running:
+        if request in self.schedule.running:
             self._batch = None
-        if request.span:
+        if self.schedule.remove(request) and request.span:
             self.pool.release(request.start, request.span)
 
     def _note_peaks(self) -> None:
-        rows = [*self.ready, *self.running]
+        rows = [*self.schedule.ready, *self.schedule.running]
         held = sum(r.visits * r.held for r in rows) * self.pool.bytes_per_token()
         self.stats.peak_rows = max(self.stats.peak_rows, len(rows))
         self.stats.peak_kv_bytes = max(self.stats.peak_kv_bytes, held)

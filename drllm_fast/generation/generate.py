@@ -103,7 +103,7 @@ def _run(engine: Engine, jobs: Iterator[tuple]) -> Iterator[Delta]:
     with engine:
         more = True
         while more or engine.busy:
-            while more and len(engine.waiting) < 2 * (engine.max_batch + engine.lookahead):
+            while more and len(engine.schedule.waiting) < 2 * (engine.schedule.max_batch + engine.schedule.lookahead):
                 job = next(jobs, None)
                 more = job is not None
                 if more:

@@ -64,7 +64,7 @@ MUTANTS = [
     (READ, "        logits = logits.index_select(0, last)\n", "        pass\n", f"{OF_ENGINE} -k logits_to_keep"),
     (REQUESTS, "return self.visits * self.capacity", "return self.visits * self.held", f"{OF_ENDINGS} -k sequence"),
     (GENERATE, "            if value is missing:\n", "            if False:\n", f"{OF_MODEL} -k refusals"),
-    (GENERATE, "while more and len(engine.waiting) <", "while more or len(engine.waiting) <",
+    (GENERATE, "while more and len(engine.schedule.waiting) <", "while more or len(engine.schedule.waiting) <",
      f"{OF_ENDINGS} -k memory"),
     # -- the pool
     (POOL, "if room >= tokens:", "if room > tokens:", OF_POOL),
