@@ -33,6 +33,9 @@ from drllm_fast.policies import GivenPlan
 from drllm_fast.routing import set_budget
 from drllm_fast.settings import current
 
+# Budgets for which a copy of the policy is kept; prompts of one budget share forwards as long as theirs is.
+MAX_POLICIES = 64
+
 
 @dataclass
 class EngineStats:
@@ -230,6 +233,8 @@ class Engine:
         if budget not in self._policies:
             own = copy(policy)
             set_budget(own, budget)
+            if len(self._policies) >= MAX_POLICIES:
+                del self._policies[next(iter(self._policies))]
             self._policies[budget] = own
         return self._policies[budget], bound
 
@@ -296,13 +301,13 @@ class Engine:
             raise
         if at < start + places:
             self.pool.release(at, start + places - at)
-        out = []
-        for request, path, count, place, token in zip(group, run.plan.tolist(), visits, starts, tokens, strict=True):
+        # All of the group have their spans before the first token is looked at, so that what fails there gives all back.
+        for request, path, count, place in zip(group, run.plan.tolist(), visits, starts, strict=True):
             self.waiting.popleft()
             request.read_at = request.first_at = time.monotonic()
             request.path, request.visits, request.start = tuple(path), count, place
             self.ready.append(request)
-            out.append(self._take(request, token))
+        out = [self._take(request, token) for request, token in zip(group, tokens, strict=True)]
         self.stats.prompts += len(group)
         self.stats.prompt_tokens += run.packed.tokens
         self.stats.prompt_forwards += 1

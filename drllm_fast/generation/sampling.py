@@ -89,7 +89,7 @@ def _draw(logits: Tensor, samplings: Sequence[Sampling], u: Tensor) -> Tensor:
     scores = (logits - logits.amax(1, keepdim=True)) / column([s.temperature for s in samplings], torch.float32)
     deepest = max(s.top_k or vocabulary for s in samplings)
     scores, tokens = (
-        scores.topk(deepest, sorted=True) if deepest < vocabulary else scores.sort(1, descending=True, stable=True)
+        scores.topk(deepest, sorted=True) if deepest < vocabulary else scores.sort(dim=1, descending=True, stable=True)
     )
     place = torch.arange(scores.shape[1], device=logits.device)
     top_k = column([s.top_k or vocabulary for s in samplings], torch.int64)
