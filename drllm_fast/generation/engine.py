@@ -301,7 +301,7 @@ class Engine:
             raise
         if at < start + places:
             self.pool.release(at, start + places - at)
-        # All of the group have their spans before the first token is looked at, so that what fails there gives all back.
+        # All have their spans before the first token is looked at, so that what fails there gives all of them back.
         for request, path, count, place in zip(group, run.plan.tolist(), visits, starts, strict=True):
             self.waiting.popleft()
             request.read_at = request.first_at = time.monotonic()

@@ -84,7 +84,8 @@ def create_app(backend: Backend, settings: ServerSettings) -> FastAPI:
         if settings.api_key is None:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if not (secrets.compare_digest(key.strip().encode(), settings.api_key.encode()) and scheme.lower() == "bearer"):
+        sent = key.strip().encode("latin-1")  # as headers are decoded
+        if not (secrets.compare_digest(sent, settings.api_key.encode()) and scheme.lower() == "bearer"):
             raise Unauthorized("no valid API key; send the header Authorization: Bearer KEY")
 
     async def answer(request: Request, kind: type[Common]) -> Response:
