@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
+from anyio import fail_after
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -22,7 +23,6 @@ from drllm_fast.serving.metrics import Metrics
 from drllm_fast.serving.protocol import ChatRequest, Common, CompletionRequest, parse
 from drllm_fast.serving.replies import Reply
 from drllm_fast.serving.settings import ServerSettings
-from drllm_fast.serving.worker import Snapshot
 
 # Of a body that is too large, so much is read and dropped, or the client would not get to read why it is refused.
 DROPPED_BYTES = 16 << 20
@@ -35,9 +35,9 @@ class Answering(Protocol):
 
 
 class Backend(Protocol):
-    """snapshot of an engine in this process, None where there is none"""
+    """snapshot: what `Metrics` shows of it; accepting: whether it takes requests; alive: whether it can answer them"""
 
-    snapshot: Snapshot | None
+    snapshot: Any
     accepting: bool
 
     @property
@@ -51,7 +51,7 @@ class Backend(Protocol):
 def create_app(backend: Backend, settings: ServerSettings) -> FastAPI:
     """POST /v1/chat/completions and /v1/completions, GET /v1/models, /health and /metrics."""
     app = FastAPI(title="drllm-fast", description="OpenAI-compatible; each prompt runs its own layers.")
-    metrics = Metrics(None if backend.snapshot is None else lambda: backend.snapshot)
+    metrics = Metrics(lambda: backend.snapshot)
     app.state.backend, app.state.metrics = backend, metrics
     started = int(time.time())
 
@@ -92,8 +92,9 @@ def create_app(backend: Backend, settings: ServerSettings) -> FastAPI:
         arrived = time.monotonic()
         check_key(request)
         try:
-            body = await asyncio.wait_for(read_body(request, settings.max_body_bytes), settings.timeout)
-        except asyncio.TimeoutError as error:
+            with fail_after(settings.timeout):
+                body = await read_body(request, settings.max_body_bytes)
+        except TimeoutError as error:
             raise BodyTimeout(f"the body of the request did not arrive within {settings.timeout:g} s") from error
         asked = parse(kind, body, settings)
         sampling = asked.sampling(settings)

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+from anyio import fail_after
 from fastapi import Request, Response
 
 from drllm_fast.generation import Delta
@@ -65,8 +66,9 @@ class EventStream(Response):
         async def put(body: bytes, more: bool = True) -> None:
             try:
                 message = {"type": "http.response.body", "body": body, "more_body": more}
-                await asyncio.wait_for(send(message), self.timeout)
-            except asyncio.TimeoutError as error:
+                with fail_after(self.timeout):
+                    await send(message)
+            except TimeoutError as error:
                 raise ClientGone("the client does not read") from error
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

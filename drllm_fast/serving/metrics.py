@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from drllm_fast.generation import Generation
-from drllm_fast.serving.worker import Snapshot
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 GAUGES = {
@@ -18,13 +18,14 @@ GAUGES = {
     "kv_bytes": "Keys and values held for tokens, in bytes",
     "pool_used": "Places of the pool of keys and values that belong to prompts, in tokens of one visit",
     "pool_size": "Places of the pool, in tokens of one visit",
+    "resent": "Times that a request was sent to another replica, since one had died or failed",
 }
 
 
 class Metrics:
-    """snapshot  the engine's, asked for at each scrape; None: there is no engine in this process"""
+    """snapshot  called at each scrape for an object whose attributes are some of GAUGES"""
 
-    def __init__(self, snapshot: Callable[[], Snapshot] | None):
+    def __init__(self, snapshot: Callable[[], Any]):
         self.registry = CollectorRegistry()
         self._snapshot = snapshot
         self.requests = Counter(
@@ -49,13 +50,11 @@ class Metrics:
                 ("request_latency", "From the arrival of a request to the end of its answer"),
             )
         )
-        if snapshot is not None:
-            self.registry.register(self)
+        self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        now = self._snapshot()
-        for name, text in GAUGES.items():
-            yield GaugeMetricFamily(f"drllm_fast_{name}", text, value=getattr(now, name))
+        for name, value in vars(self._snapshot()).items():
+            yield GaugeMetricFamily(f"drllm_fast_{name}", GAUGES[name], value=value)
 
     def answered(self, endpoint: str, result: Generation, latency: float) -> None:
         tokens = result.prompt_tokens + len(result.tokens)

@@ -11,8 +11,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
+from anyio import fail_after
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
@@ -49,6 +51,10 @@ class Model:
                 job.cancel()
         except ServingError as error:
             yield error
+
+    def held(self) -> tuple[int, int]:
+        """Requests here, and places of the engine's pool that they hold."""
+        return self.worker.held, self.worker.snapshot.pool_used
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
@@ -115,13 +121,16 @@ class RemoteJob:
         if self.attempts == ATTEMPTS:
             self.cancel()
             raise Unavailable(f"{ATTEMPTS} replicas have failed or died with this request") from error
+        if self.replicas is not None:
+            self.replicas.resent += 1
         log.warning("a replica has died or failed (%s); a request is sent again", type(error).__name__)
         await asyncio.sleep(PAUSE)
 
     async def _next(self) -> Any:
         try:
-            item = await asyncio.wait_for(anext(self.replies), max(0.0, self.deadline - time.monotonic()))
-        except asyncio.TimeoutError as error:
+            with fail_after(max(0.0, self.deadline - time.monotonic())):
+                item = await anext(self.replies)
+        except TimeoutError as error:
             raise TimedOut("the answer took longer than this server allows; ask for fewer tokens") from error
         except BackPressureError as error:
             raise Full("as many requests wait as this server takes; try again") from error
@@ -134,14 +143,24 @@ class RemoteJob:
         return item
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    running: int
+    resent: int
+
+
 class Replicas:
     """The backend of the ingress. At most `max_requests` prompts are on their way at once."""
 
-    snapshot = None
-    accepting = alive = True
+    accepting = alive = True  # what becomes of replicas is Serve's concern
 
     def __init__(self, handle: Any, max_requests: int):
-        self.handle, self.max_requests, self.held = handle.options(stream=True), max_requests, 0
+        self.handle, self.max_requests = handle.options(stream=True), max_requests
+        self.held = self.resent = 0
+
+    @property
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.held, self.resent)
 
     async def submit(
         self, prompt: Any, sampling: Sampling, *, budget: float | None, whole: bool, timeout: float

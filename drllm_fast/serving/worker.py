@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from anyio import fail_after
 from jinja2 import TemplateError
 
 from drllm_fast.generation import Delta, Engine, Sampling
@@ -69,9 +70,11 @@ class Job:
         self.worker.call(partial(self.worker.drop, self))
 
     async def in_time(self, awaitable: Any) -> Any:
+        # Not asyncio.wait_for, which before Python 3.12 swallows a cancellation that meets a result.
         try:
-            return await asyncio.wait_for(awaitable, max(0.0, self.deadline - time.monotonic()))
-        except asyncio.TimeoutError as error:
+            with fail_after(max(0.0, self.deadline - time.monotonic())):
+                return await awaitable
+        except TimeoutError as error:
             raise TimedOut("the answer took longer than this server allows; ask for fewer tokens") from error
 
     # Called in the event loop, with what the engine's thread sent.
