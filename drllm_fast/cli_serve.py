@@ -122,6 +122,7 @@ def _serve_here(spec: EngineSpec, settings: ServerSettings, host: str, port: int
     with socket:
         worker = start_worker(spec)
         try:
+            socket.listen(2048)  # what connects from now on waits until the server takes it
             _say(settings, host, socket.getsockname()[1])
             Server(worker, settings, grace, log_level="warning").run(sockets=[socket])
         finally:
@@ -150,15 +151,15 @@ def _serve_on_ray(
     with listen(host, port) as socket:  # Serve's proxy is another process, which is told the number
         port = socket.getsockname()[1]
     ray.init(ignore_reinit_error=True)
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
     serve.start(http_options={"host": host, "port": port})
     app = application(
         spec, settings, replicas=replicas, autoscale=autoscale, grace=grace, actor_options=actor_options
     )  # fmt: skip
     try:
         serve.run(app, name=APP, route_prefix="/")
+        ended = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: ended.set())
         _say(settings, host, port)
         while not ended.wait(1):
             pass

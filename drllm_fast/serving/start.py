@@ -34,7 +34,9 @@ def start_worker(spec: EngineSpec) -> Worker:
     apply_policy(model, tokenizer, policy, model.config.get_text_config(decoder=True).num_hidden_layers)
     kv_tokens = spec.kv_tokens
     if spec.kv_gib is not None:
-        kv_tokens = int(spec.kv_gib * 2**30 / bytes_per_token(model, tokenizer))
+        kv_tokens = int(spec.kv_gib * 2**30 / (size := bytes_per_token(model, tokenizer)))
+        if kv_tokens < 1:
+            raise ValueError(f"--kv-gib {spec.kv_gib}: not one token fits, which takes {size} bytes for each layer")
     engine = Engine(model, tokenizer, max_batch=spec.max_batch, kv_tokens=kv_tokens)
     return Worker(engine, max_requests=spec.max_requests, max_prompt_tokens=spec.max_prompt_tokens).start()
 
