@@ -23,7 +23,7 @@ def tiny_llama(**changes):
 
 
 class HeldEngine(Engine):
-    """Steps only while `open` is set, after `pause` seconds. `failing`, if there is one, is raised by the next forward."""
+    """Steps only while `open` is set, after `pause` seconds. The next forward raises `failing`."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -85,9 +85,7 @@ class Served:
         return self.worker.held == 0 and (snapshot.waiting, snapshot.running, snapshot.pool_used) == (0, 0, 0)
 
     def complete(self, prompt="Hello", path="/v1/completions", headers=None, **body):
-        return self.client.post(
-            path, json={"model": NAME, "prompt": prompt, "temperature": 0, **body}, headers=headers
-        )
+        return self.client.post(path, json={"model": NAME, "prompt": prompt, "temperature": 0, **body}, headers=headers)
 
     def chat(self, text="Hello", **body):
         messages = [{"role": "user", "content": text}]

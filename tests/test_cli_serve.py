@@ -14,7 +14,8 @@ pytest.importorskip("fastapi")
 import httpx
 
 from drllm_fast.cli_models import Dtype, load_model
-from drllm_fast.serving import server, start as starting
+from drllm_fast.serving import server
+from drllm_fast.serving import start as starting
 from drllm_fast.serving.start import EngineSpec, bytes_per_token, start_worker
 
 
@@ -57,7 +58,9 @@ def test_a_port_that_is_taken(tiny):
         refused(call("serve", "--model", tiny, "--port", port), f"--port {port}", "cannot listen there")
 
 
-@pytest.mark.parametrize(("missing", "extra"), [("fastapi", "serve"), ("prometheus_client", "serve"), ("ray", "ray-serve")])
+@pytest.mark.parametrize(
+    ("missing", "extra"), [("fastapi", "serve"), ("prometheus_client", "serve"), ("ray", "ray-serve")]
+)
 def test_without_the_packages(tiny, monkeypatch, missing, extra):
     monkeypatch.setitem(sys.modules, missing, None)
     refused(call("serve", "--model", tiny, "--ray"), f'pip install "drllm-fast[{extra}]"')

@@ -226,7 +226,12 @@ def test_raw_garbage_on_the_socket(server):
 
 def test_api_key():
     with served(api_key="sésame") as server:
-        for headers in (None, {"Authorization": "Bearer wrong"}, {"Authorization": "sesame"}, {"Authorization": "x" * 99}):
+        for headers in (
+            None,
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "sesame"},
+            {"Authorization": "x" * 99},
+        ):
             response = server.complete(headers=headers)
             assert refused(response, 401)["code"] == "invalid_api_key"
             assert response.headers["www-authenticate"] == "Bearer" and "same" not in response.text

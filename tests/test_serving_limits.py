@@ -59,7 +59,9 @@ def test_a_request_that_takes_too_long():
         server.engine.open.set()
         server.wait(server.idle)
 
-        with httpx.stream("POST", f"{server.url}/v1/completions", json={**BODY, "max_tokens": 900, "stream": True}) as s:
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json={**BODY, "max_tokens": 900, "stream": True}
+        ) as s:
             lines = s.iter_lines()
             first = next(lines)
             server.engine.open.clear()

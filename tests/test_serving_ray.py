@@ -9,11 +9,12 @@ import httpx
 import pytest
 
 pytest.importorskip("fastapi")
-ray = pytest.importorskip("ray")
-serve = pytest.importorskip("ray.serve")
+pytest.importorskip("ray.serve")
 
 import psutil
+import ray
 from cli_cases import TEMPLATE, byte_tokenizer, tiny_folder
+from ray import serve
 from serving_cases import events, sampling
 from transformers import AutoModelForCausalLM
 
