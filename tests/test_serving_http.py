@@ -1,7 +1,9 @@
 """The server as clients see it: real HTTP, a tiny model, answers beside those of `drllm_fast.generate`."""
 
 import json
+import re
 import socket
+from pathlib import Path
 
 import httpx
 import pytest
@@ -240,6 +242,18 @@ def test_api_key():
         assert server.complete(headers=key, max_tokens=2).status_code == 200
         assert server.client.get("/v1/models", headers=key).json()["data"][0]["id"] == NAME
         assert server.client.get("/health").status_code == server.client.get("/metrics").status_code == 200
+
+
+def test_the_readmes_example(server, capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```py\n(.*?)^```", readme, flags=re.M | re.S)
+    assert "http://127.0.0.1:8000" in example and "smollm2-135m-instruct" in example
+    example = example.replace("http://127.0.0.1:8000", server.url).replace("smollm2-135m-instruct", NAME)
+    exec(compile(example, "README.md", "exec"), {})  # noqa: S102
+    assert capsys.readouterr().out.endswith("\nlayers run of 4 for each token: 3\n")
+    (body,) = re.findall(r"^curl http://127.0.0.1:8000(/\S+) -d '(.*?)'", readme, flags=re.M | re.S)
+    fields = json.loads(body[1]) | {"model": NAME}
+    assert server.client.post(body[0], json=fields).json()["usage"]["path"] == [1] * LAYERS
 
 
 # -- what is around it -------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ServerSettings:
     max_tokens: int = 1024
     default_tokens: int = 256
     timeout: float = 120.0
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_prompt_tokens", "max_tokens", "default_tokens", "timeout"):
