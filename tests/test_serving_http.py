@@ -144,6 +144,21 @@ def test_seeds(server, policy):
     assert text(temperature=0.8, seed=7, top_k=5, top_p=0.7) == want.text
 
 
+def test_numbers_at_their_edges(server):
+    """What would be 0 or infinite in the arithmetic of the engine, and would fail those beside it."""
+    greedy = server.complete(max_tokens=12).json()["choices"][0]["text"]
+    for low in (1e-300, 1e-40, 1e-31):
+        assert server.complete(max_tokens=12, temperature=low).json()["choices"][0]["text"] == greedy
+    assert server.complete(max_tokens=12, temperature=1, top_p=1e-300).json()["choices"][0]["text"] == greedy
+    for fields in ({"temperature": 1e308}, {"temperature": 1, "top_k": 10**30}, {"temperature": 1, "top_k": 258}):
+        assert server.complete(max_tokens=12, **fields).json()["usage"]["completion_tokens"] == 12
+    drawn = [
+        server.complete(max_tokens=12, temperature=1, seed=5, **fields).json()["choices"][0]["text"]
+        for fields in ({}, {"top_k": 10**30}, {"top_k": 258}, {"seed": 5 + 2**63})
+    ]
+    assert drawn[0] == drawn[1] == drawn[2] != drawn[3]
+
+
 def test_budgets(server, policy):
     for budget, path in ((1, [1, 1, 1, 1]), (0.5, [1, 0, 0, 1]), (0.25, [0, 0, 0, 1])):
         (want,) = expected(policy, PROMPTS[:1], budget=budget, max_new_tokens=12)

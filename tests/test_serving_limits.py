@@ -185,6 +185,30 @@ def test_a_result_that_a_failure_swallows_is_not_waited_for(monkeypatch):
         server.wait(server.idle)
 
 
+def test_defects_are_answered_and_survived(monkeypatch):
+    with served() as server:
+        for at, name in ((server.engine, "submit"), (server.worker, "_encode")):
+            with monkeypatch.context() as patch:
+                patch.setattr(at, name, lambda *_, **__: 1 / 0)
+                for stream in (False, True):
+                    response = server.complete(stream=stream)
+                    assert response.status_code == 500 and "ZeroDivisionError" in response.json()["error"]["message"]
+            server.wait(server.idle)
+        assert server.complete(max_tokens=2).status_code == 200
+        assert statuses(server) == {"200": 1, "500": 4}
+
+
+def test_a_model_that_says_nan_fails_nobody_else():
+    model = tiny_llama()
+    with served(model) as server:
+        head = model.lm_head.forward
+        model.lm_head.forward = lambda hidden: head(hidden) * float("nan")
+        answers = [in_background(server, max_tokens=4, temperature=t) for t in (0, 1)]
+        assert [a.result().status_code for a in answers] == [200, 200]
+        model.lm_head.forward = head
+        assert server.complete(max_tokens=4).status_code == 200
+
+
 @pytest.mark.parametrize("error", [torch.AcceleratorError("the device is lost"), SystemExit(3)], ids=["device", "exit"])
 def test_an_engine_that_is_lost(error):
     with served() as server:

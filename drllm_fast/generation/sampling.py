@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 MAX_STOP = 16
+LOWEST = 1e-30  # temperature: below, float32 has 0, and 0 / 0 for the best score
 
 
 @dataclass(frozen=True)
@@ -86,20 +87,22 @@ def _draw(logits: Tensor, samplings: Sequence[Sampling], u: Tensor) -> Tensor:
 
     vocabulary = logits.shape[1]
     # The maximum goes first, since a low temperature would overflow.
-    scores = (logits - logits.amax(1, keepdim=True)) / column([s.temperature for s in samplings], torch.float32)
-    deepest = max(s.top_k or vocabulary for s in samplings)
+    temperature = column([max(s.temperature, LOWEST) for s in samplings], torch.float32)
+    scores = (logits - logits.amax(1, keepdim=True)) / temperature
+    depths = [min(s.top_k or vocabulary, vocabulary) for s in samplings]
+    deepest = max(depths)
     scores, tokens = (
         scores.topk(deepest, sorted=True) if deepest < vocabulary else scores.sort(dim=1, descending=True, stable=True)
     )
     place = torch.arange(scores.shape[1], device=logits.device)
-    top_k = column([s.top_k or vocabulary for s in samplings], torch.int64)
+    top_k = column(depths, torch.int64)
     p = scores.masked_fill(place >= top_k, -torch.inf).softmax(1, dtype=torch.float64)
     before = p.cumsum(1) - p
     p = p.masked_fill((before >= column([s.top_p for s in samplings], torch.float64)) & (place > 0), 0)
     below = p.cumsum(1)
     # The first place whose cumulated probability exceeds u of the whole; never one that has none.
     at = (below <= u.unsqueeze(1) * below[:, -1:]).sum(1).clamp(max=scores.shape[1] - 1)
-    at = torch.minimum(at, (p > 0).sum(1) - 1)
+    at = torch.minimum(at, (p > 0).sum(1) - 1).clamp(min=0)  # a model that says NaN has none
     return tokens.gather(1, at.unsqueeze(1)).squeeze(1)
 
 

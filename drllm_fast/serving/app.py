@@ -98,7 +98,7 @@ def create_app(backend: Backend, settings: ServerSettings) -> FastAPI:
             raise BodyTimeout(f"the body of the request did not arrive within {settings.timeout:g} s") from error
         asked = parse(kind, body, settings)
         sampling = asked.sampling(settings)
-        endpoint = request.url.path
+        endpoint = ENDPOINTS[0 if kind is ChatRequest else 1]
 
         async def submitted() -> Answering:
             return await backend.submit(

@@ -15,6 +15,7 @@ from drllm_fast.serving.errors import ClientGone, ServingError
 from drllm_fast.serving.replies import DONE, Reply
 
 T = TypeVar("T")
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies are to pass on what comes
 
 
 async def gone(receive: Callable[[], Awaitable[dict]]) -> None:
@@ -49,7 +50,7 @@ class EventStream(Response):
     """
 
     def __init__(self, job: Any, reply: Reply, done: Callable[[Delta], None], timeout: float):
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        super().__init__(media_type="text/event-stream", headers=HEADERS)
         del self.headers["content-length"]
         self.job, self.reply, self.done, self.timeout = job, reply, done, timeout
 

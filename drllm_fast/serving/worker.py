@@ -12,19 +12,19 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from anyio import fail_after
 from jinja2 import TemplateError
 
-from drllm_fast.generation import Delta, Engine, Sampling
-from drllm_fast.generation.requests import Request, encode
-from drllm_fast.serving.errors import BadRequest, EngineFailed, Full, ServingError, TimedOut, Unavailable
+from drllm_fast.generation import Engine, Sampling
+from drllm_fast.generation.requests import encode
+from drllm_fast.serving.errors import BadRequest, EngineFailed, Full, Unavailable
+from drllm_fast.serving.job import Job, receive
 
 log = logging.getLogger("drllm_fast.serving")
 
@@ -38,54 +38,6 @@ class Snapshot:
     kv_bytes: int = 0
     pool_used: int = 0
     pool_size: int = 0
-
-
-class Job:
-    """A prompt on its way through the worker, for the event loop that submitted it."""
-
-    def __init__(self, worker: Worker, whole: bool, deadline: float):
-        self.worker, self.whole, self.deadline = worker, whole, deadline
-        self.loop = asyncio.get_running_loop()
-        self.accepted: asyncio.Future[None] = self.loop.create_future()
-        self.request: Request | None = None  # this and `ended` belong to the engine's thread
-        self.ended = False
-        self._items: asyncio.Queue[Delta | ServingError] = asyncio.Queue()
-
-    async def deltas(self) -> AsyncIterator[Delta]:
-        """What is new, up to the whole result; that alone for a job that was submitted as `whole`. Whoever stops
-        before the end, or is cancelled, cancels the job. Raises ServingError."""
-        try:
-            while True:
-                item = self._items.get_nowait() if self._items.qsize() else await self.in_time(self._items.get())
-                if isinstance(item, ServingError):
-                    raise item
-                yield item
-                if item.result is not None:
-                    return
-        finally:
-            self.cancel()
-
-    def cancel(self) -> None:
-        """Let the engine drop it, if it has not ended; from any thread."""
-        self.worker.call(partial(self.worker.drop, self))
-
-    async def in_time(self, awaitable: Any) -> Any:
-        # Not asyncio.wait_for, which before Python 3.12 swallows a cancellation that meets a result.
-        try:
-            with fail_after(max(0.0, self.deadline - time.monotonic())):
-                return await awaitable
-        except TimeoutError as error:
-            raise TimedOut("the answer took longer than this server allows; ask for fewer tokens") from error
-
-    # Called in the event loop, with what the engine's thread sent.
-    def receive(self, item: Delta | ServingError | None) -> None:
-        if self.accepted.done():
-            if item is not None:
-                self._items.put_nowait(item)
-        elif isinstance(item, ServingError):
-            self.accepted.set_exception(item)
-        else:
-            self.accepted.set_result(None)
 
 
 class Worker:
@@ -148,7 +100,7 @@ class Worker:
                     f"{self.held} requests wait or are being answered, which is all this server takes; try again"
                 )
             self.held += 1
-        job = Job(self, whole, time.monotonic() + timeout)
+        job = Job(self.drop, whole, time.monotonic() + timeout)
         try:
             ids = await job.in_time(job.loop.run_in_executor(self._encoder, self._encode, prompt))
         except BaseException:
@@ -172,6 +124,10 @@ class Worker:
         if len(ids) > self.max_prompt_tokens:
             raise BadRequest(f"the prompt has {len(ids)} tokens, this server takes at most {self.max_prompt_tokens}")
         return ids
+
+    def drop(self, job: Job) -> None:
+        """Let the engine drop it, if it has not ended; from any thread."""
+        self.call(partial(self._drop, job))
 
     def refuse_new(self) -> None:
         """What is here is answered, nothing new is taken."""
@@ -236,10 +192,14 @@ class Worker:
         except (TypeError, ValueError) as error:
             self._send([(job, self._end(job, BadRequest(str(error))))])
             return
+        except Exception as error:  # of a policy, perhaps
+            log.exception("a prompt was not accepted")
+            self._send([(job, self._end(job, EngineFailed(f"the engine failed ({type(error).__name__})")))])
+            return
         self._jobs[job.request.index] = job
         self._send([(job, None)])
 
-    def drop(self, job: Job) -> None:
+    def _drop(self, job: Job) -> None:
         if not job.ended:
             if job.request is not None:
                 self.engine.cancel(job.request)
@@ -247,7 +207,7 @@ class Worker:
 
     def _end(self, job: Job, item: Any) -> Any:
         """The job leaves its place; `item` is the last that it is sent."""
-        with self._lock:  # once the thread has ended, a late `drop` runs in another
+        with self._lock:  # once the thread has ended, a late `_drop` runs in another
             if not job.ended:
                 job.ended = True
                 self.held -= 1
@@ -293,11 +253,6 @@ class Worker:
             loops.setdefault(job.loop, []).append((job, item))
         for loop, some in loops.items():
             try:
-                loop.call_soon_threadsafe(_receive, some)
+                loop.call_soon_threadsafe(receive, some)
             except RuntimeError:  # the loop is closed, and with it all who would listen
                 log.debug("answers for an event loop that is closed")
-
-
-def _receive(items: list[tuple[Job, Any]]) -> None:
-    for job, item in items:
-        job.receive(item)
