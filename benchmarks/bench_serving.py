@@ -16,6 +16,7 @@ import asyncio
 import json
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -139,6 +140,7 @@ def own_server(policy: str, budget: float | None, max_batch: int, clients: int) 
     command = [sys.executable, "-m", "drllm_fast.cli", "serve", "--model", MODEL, "--port", "0", "--policy", policy]
     command += ["--max-batch", str(max_batch), "--max-queue", str(2 * clients)]
     command += [] if budget is None else ["--budget", str(budget)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the server, too
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             said = process.stdout.readline()

@@ -153,7 +153,7 @@ def test_numbers_at_their_edges(server):
     for fields in ({"temperature": 1e308}, {"temperature": 1, "top_k": 10**30}, {"temperature": 1, "top_k": 258}):
         assert server.complete(max_tokens=12, **fields).json()["usage"]["completion_tokens"] == 12
     drawn = [
-        server.complete(max_tokens=12, temperature=1, seed=5, **fields).json()["choices"][0]["text"]
+        server.complete(max_tokens=12, temperature=1, **{"seed": 5, **fields}).json()["choices"][0]["text"]
         for fields in ({}, {"top_k": 10**30}, {"top_k": 258}, {"seed": 5 + 2**63})
     ]
     assert drawn[0] == drawn[1] == drawn[2] != drawn[3]

@@ -84,6 +84,16 @@ def test_a_body_that_does_not_arrive():
         assert server.idle()
 
 
+def test_a_client_that_leaves_while_it_sends(caplog):
+    import socket
+
+    with served() as server:
+        with socket.create_connection(("127.0.0.1", server.socket.getsockname()[1]), timeout=10) as raw:
+            raw.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"model"')
+        server.wait(lambda: statuses(server) == {"499": 1})
+        assert server.idle() and not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 # -- clients that leave ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("when", ["waiting", "running"])

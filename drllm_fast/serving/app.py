@@ -6,6 +6,7 @@ A backend is a `Worker` of this process, or what sends prompts to those of other
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -15,14 +16,17 @@ from anyio import fail_after
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from drllm_fast.generation import Delta, Sampling
 from drllm_fast.serving.client_watch import EventStream, unless_gone
-from drllm_fast.serving.errors import BadRequest, BodyTimeout, BodyTooLarge, ServingError, Unauthorized
+from drllm_fast.serving.errors import BadRequest, BodyTimeout, BodyTooLarge, ClientGone, ServingError, Unauthorized
 from drllm_fast.serving.metrics import Metrics
 from drllm_fast.serving.protocol import ChatRequest, Common, CompletionRequest, parse
 from drllm_fast.serving.replies import Reply
 from drllm_fast.serving.settings import ServerSettings
+
+log = logging.getLogger("drllm_fast.serving")
 
 # Of a body that is too large, so much is read and dropped, or the client would not get to read why it is refused.
 DROPPED_BYTES = 16 << 20
@@ -57,11 +61,11 @@ def create_app(backend: Backend, settings: ServerSettings) -> FastAPI:
 
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatRequest))
     async def chat_completions(request: Request) -> Response:
-        return await answer(request, ChatRequest)
+        return await answer_or_say_why_not(request, ChatRequest)
 
     @app.post("/v1/completions", openapi_extra=_documented(CompletionRequest))
     async def completions(request: Request) -> Response:
-        return await answer(request, CompletionRequest)
+        return await answer_or_say_why_not(request, CompletionRequest)
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -87,6 +91,15 @@ def create_app(backend: Backend, settings: ServerSettings) -> FastAPI:
         sent = key.strip().encode("latin-1")  # as headers are decoded
         if not (secrets.compare_digest(sent, settings.api_key.encode()) and scheme.lower() == "bearer"):
             raise Unauthorized("no valid API key; send the header Authorization: Bearer KEY")
+
+    async def answer_or_say_why_not(request: Request, kind: type[Common]) -> Response:
+        try:
+            return await answer(request, kind)
+        except ServingError as error:
+            return await refused(request, error)
+        except Exception as error:  # answered here, since Starlette's handler raises on, which ends the connection
+            log.exception("a defect")
+            return await refused(request, ServingError(f"a defect of the server ({type(error).__name__})"))
 
     async def answer(request: Request, kind: type[Common]) -> Response:
         arrived = time.monotonic()
@@ -133,25 +146,24 @@ def create_app(backend: Backend, settings: ServerSettings) -> FastAPI:
         body = BadRequest(f"{request.method} {request.url.path}: {error.detail}").body()
         return JSONResponse(body, error.status_code, headers=error.headers)
 
-    @app.exception_handler(Exception)
-    async def defect(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(ServingError(f"a defect of the server ({type(error).__name__})").body(), 500)
-
     app.add_middleware(CountedRequests, metrics=metrics)
     return app
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body; BodyTooLarge, without having kept it, where it is longer than `limit`."""
+    """The body; BodyTooLarge, without having kept it, where it is longer than `limit`. ClientGone."""
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= limit:
-            parts.append(part)
-        else:
-            parts.clear()
-        if size > DROPPED_BYTES:
-            break
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size <= limit:
+                parts.append(part)
+            else:
+                parts.clear()
+            if size > DROPPED_BYTES:
+                break
+    except ClientDisconnect as error:
+        raise ClientGone("the client has left") from error
     if size > limit:
         raise BodyTooLarge(f"the body of a request has at most {limit} bytes")
     return b"".join(parts)
