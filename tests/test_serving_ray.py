@@ -53,13 +53,24 @@ def replicas():
 def wanted(folder, prompts, new):
     model = AutoModelForCausalLM.from_pretrained(folder).eval().enable_dynamic_routing([1, 0, 1, 1])
     made = drllm_fast.generate(
-        model, byte_tokenizer(), prompts, sampling=sampling(max_new_tokens=new, temperature=0.7, seed=5)
+        model,
+        byte_tokenizer(),
+        prompts,
+        sampling=sampling(max_new_tokens=new, temperature=0.7, seed=5, ignore_eos=True),
     )
     return [m.text for m in made]
 
 
 def body(prompt, new, **more):
-    return {"model": "tiny", "prompt": prompt, "max_tokens": new, "temperature": 0.7, "seed": 5, **more}
+    return {
+        "model": "tiny",
+        "prompt": prompt,
+        "max_tokens": new,
+        "temperature": 0.7,
+        "seed": 5,
+        "ignore_eos": True,
+        **more,
+    }
 
 
 def resent(url):
@@ -113,6 +124,7 @@ def test_a_client_that_leaves_frees_its_place(url):
         """By several answers, so that both replicas give one."""
         return sum((handle.held.remote().result() for _ in range(12)), start=())
 
+    assert not any(held())
     with httpx.stream("POST", f"{url}/v1/completions", json=body("Hello", 1000, stream=True), timeout=60) as response:
         next(response.iter_lines())
         assert any(held())
