@@ -276,7 +276,14 @@ def test_sixteen_clients():
     model.enable_dynamic_routing(StaticPolicy([1, 2, 0], num_layers=4, budget=0.75))
     with served(model, engine={"max_batch": 6, "lookahead": 4, "kv_tokens": 6000}) as server:
         kinds = [
-            {"prompt": prompt, "max_tokens": tokens, "budget": budget, "temperature": temperature, "seed": 3}
+            {
+                "prompt": prompt,
+                "max_tokens": tokens,
+                "budget": budget,
+                "temperature": temperature,
+                "seed": 3,
+                "top_k": 4,
+            }
             for prompt, tokens in (("Hi", 9), ("A longer prompt", 30), ("x" * 100, 17))
             for budget in (1, 0.5)
             for temperature in (0, 0.9)

@@ -2,7 +2,7 @@
 
 Serve itself re-sends a request only as long as no replica has taken it. The ingress re-sends one whose replica died
 for as long as nothing of its answer has gone out, which for answers that are not streamed is until the end. Every
-request has a seed by then, so that the second answer is the first one.
+request has a seed by then, so that the second answer is the first one, to rounding.
 """
 
 from __future__ import annotations
