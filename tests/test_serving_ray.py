@@ -120,14 +120,18 @@ def test_accepted_requests_survive_the_death_of_a_replica(url, folder):
 def test_a_client_that_leaves_frees_its_place(url):
     handle = serve.get_deployment_handle("Model", app_name=APP)
 
-    def held():
-        """By several answers, so that both replicas give one."""
-        return sum((handle.held.remote().result() for _ in range(12)), start=())
+    def states():
+        """By process: several calls, so that each replica that there is answers one."""
+        return {state["process"]: state for state in (handle.state.remote().result() for _ in range(12))}
 
-    assert not any(held())
+    before = states()
+    assert not any(state["requests"] for state in before.values())
     with httpx.stream("POST", f"{url}/v1/completions", json=body("Hello", 1000, stream=True), timeout=60) as response:
         next(response.iter_lines())
-        assert any(held())
-    until = time.monotonic() + 1
-    while any(held()) or "drllm_fast_running 0.0" not in httpx.get(f"{url}/metrics").text:
+    until = time.monotonic() + 30
+    while any(state["requests"] or state["pool_used"] for state in (now := states()).values()):
         assert time.monotonic() < until
+    while "drllm_fast_running 0.0" not in httpx.get(f"{url}/metrics").text:
+        assert time.monotonic() < until
+    made = {process: now[process]["tokens"] - before.get(process, {"tokens": 0})["tokens"] for process in now}
+    assert 0 < sum(made.values()) < 1000, made

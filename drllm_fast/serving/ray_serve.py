@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -52,9 +53,15 @@ class Model:
         except ServingError as error:
             yield error
 
-    def held(self) -> tuple[int, int]:
-        """Requests here, and places of the engine's pool that they hold."""
-        return self.worker.held, self.worker.snapshot.pool_used
+    def state(self) -> dict[str, int]:
+        """Which process this is, the requests here, the places of the pool that they hold, and the tokens ever made."""
+        worker = self.worker
+        return {
+            "process": os.getpid(),
+            "requests": worker.held,
+            "pool_used": worker.snapshot.pool_used,
+            "tokens": worker.engine.stats.tokens,
+        }
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
