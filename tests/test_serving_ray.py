@@ -129,8 +129,10 @@ def test_a_client_that_leaves_frees_its_place(url):
     with httpx.stream("POST", f"{url}/v1/completions", json=body("Hello", 1000, stream=True), timeout=60) as response:
         next(response.iter_lines())
     until = time.monotonic() + 30
-    while any(state["requests"] or state["pool_used"] for state in (now := states()).values()):
+    now = states()
+    while any(state["requests"] or state["pool_used"] for state in now.values()):
         assert time.monotonic() < until
+        now = states()
     while "drllm_fast_running 0.0" not in httpx.get(f"{url}/metrics").text:
         assert time.monotonic() < until
     made = {process: now[process]["tokens"] - before.get(process, {"tokens": 0})["tokens"] for process in now}
