@@ -1,4 +1,4 @@
-"""The command `drllm-fast`: demo, generate, search, order, train, refine, calibrate, eval, info.
+"""The command `drllm-fast`: demo, generate, search, order, train, refine, calibrate, eval, serve, info.
 
 A user's errors are one line on stderr and exit status 2.
 """
@@ -24,6 +24,7 @@ from drllm_fast.cli_outputs import check_plot
 from drllm_fast.cli_policies import Criterion, check_budget
 from drllm_fast.cli_refine import refine
 from drllm_fast.cli_search import search
+from drllm_fast.cli_serve import serve
 from drllm_fast.cli_train import train
 
 app = typer.Typer(
@@ -135,6 +136,7 @@ app.command()(clean_errors(train))
 app.command()(clean_errors(refine))
 app.command()(clean_errors(calibrate))
 app.command("eval")(clean_errors(evaluate))
+app.command()(clean_errors(serve))
 
 
 def main() -> None:

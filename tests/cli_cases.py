@@ -20,10 +20,10 @@ LAYERS = 4
 TEMPLATE = "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 
 
-def tiny_folder(folder, *, template=None, seed=0):
-    """Fills the folder with a random Llama of LAYERS layers and a tokenizer of single bytes."""
+def byte_tokenizer(template=None):
+    """A tokenizer of single bytes: 258 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate(["<end>", "<pad>", *alphabet])}
@@ -32,10 +32,18 @@ def tiny_folder(folder, *, template=None, seed=0):
     raw.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", pad_token="<pad>")
     tokenizer.chat_template = template
+    return tokenizer
+
+
+def tiny_folder(folder, *, template=None, seed=0):
+    """Fills the folder with a random Llama of LAYERS layers and a tokenizer of single bytes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_tokenizer(template)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(vocab),
+        vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=LAYERS,

@@ -36,6 +36,9 @@ from drllm_fast.policies import GivenPlan
 from drllm_fast.routing import set_budget
 from drllm_fast.settings import current
 
+# Budgets for which a copy of the policy is kept; prompts of one budget share forwards as long as theirs is.
+MAX_POLICIES = 64
+
 
 @dataclass
 class EngineStats:
@@ -290,6 +293,8 @@ class Engine:
         if key not in self._policies:
             own = copy(policy)
             set_budget(own, budget)
+            if len(self._policies) >= MAX_POLICIES:
+                del self._policies[next(iter(self._policies))]
             self._policies[key] = policy, own
         return self._policies[key][1], bound
 
@@ -335,6 +340,7 @@ class Engine:
             raise
         if at < start + places:
             self.pool.release(at, start + places - at)
+        # All have their spans before the first token is looked at, so that what fails there gives all of them back.
         now = time.monotonic()
         for request, path, count, place in zip(group, run.plan.tolist(), visits, starts, strict=True):
             request.read_at = request.first_at = now

@@ -90,7 +90,8 @@ def _draw(logits: Tensor, samplings: Sequence[Sampling], u: Tensor) -> tuple[Ten
         return torch.tensor(values, dtype=dtype, device=logits.device).unsqueeze(1)
 
     vocabulary = logits.shape[1]
-    deepest = max(s.top_k or vocabulary for s in samplings)
+    depths = [min(s.top_k or vocabulary, vocabulary) for s in samplings]
+    deepest = max(depths)
     if deepest < vocabulary:
         tokens = _most_probable(logits, deepest)
         scores = logits.gather(1, tokens)
@@ -100,7 +101,7 @@ def _draw(logits: Tensor, samplings: Sequence[Sampling], u: Tensor) -> tuple[Ten
     temperatures = [min(max(float(s.temperature), 1e-30), 1e30) for s in samplings]
     scores = (scores - logits.amax(1, keepdim=True)) / column(temperatures, torch.float32)
     place = torch.arange(scores.shape[1], device=logits.device)
-    top_k = column([s.top_k or vocabulary for s in samplings], torch.int64)
+    top_k = column(depths, torch.int64)
     p = scores.masked_fill(place >= top_k, -torch.inf).softmax(1, dtype=torch.float64)
     before = p.cumsum(1) - p
     p = p.masked_fill(before >= column([s.top_p for s in samplings], torch.float64), 0)

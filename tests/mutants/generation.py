@@ -4,6 +4,7 @@ must fail)."""
 ENGINE, BATCH = "drllm_fast/generation/engine.py", "drllm_fast/generation/decode_batch.py"
 POOL, SAMPLING = "drllm_fast/generation/kv_pool.py", "drllm_fast/generation/sampling.py"
 STREAM, READ = "drllm_fast/generation/text_stream.py", "drllm_fast/generation/prompt_forward.py"
+SCHEDULE = "drllm_fast/generation/schedule.py"
 REQUESTS, GENERATE = "drllm_fast/generation/requests.py", "drllm_fast/generation/generate.py"
 OF_ENGINE, OF_ENDINGS = "tests/test_generation_engine.py", "tests/test_generation_endings.py"
 OF_MODEL, OF_POOL = "tests/test_generation_model.py", "tests/test_kv_pool.py"
@@ -26,9 +27,9 @@ MUTANTS = [
     (BATCH, "np.cumsum(lengths) - lengths, lengths)", "np.cumsum(lengths), lengths)", ALONE),
     (BATCH, "self._latest = -1\n        self._parts", "self._parts", ALONE),
     # -- the engine: who comes and goes, and what is given back
-    (ENGINE, "        if queue is self.running:\n            self._batch = None\n", "", OF_ENDINGS),  # stale tables
-    (ENGINE, "        self.running += self._chosen(free)\n        self._batch = None\n",
-     "        self.running += self._chosen(free)\n", f"{OF_ENDINGS} -k random"),
+    (ENGINE, "        if request in self.schedule.running:\n            self._batch = None\n", "", OF_ENDINGS),  # stale tables
+    (ENGINE, "            if not group and self.schedule.refill():\n                self._batch = None\n",
+     "            if not group:\n                self.schedule.refill()\n", f"{OF_ENDINGS} -k random"),
     (ENGINE, "capacity = len(ids) + new - 1", "capacity = len(ids) + new", ALONE),
     (ENGINE, "capacity = len(ids) + new - 1", "capacity = len(ids) + new - 2", ALONE),
     (ENGINE, "new = min(new, self.positions - len(ids))", "pass", f"{OF_ENDINGS} -k positions"),
@@ -40,25 +41,26 @@ MUTANTS = [
     (ENGINE, "            set_budget(own, budget)\n", "", f"{OF_ENGINE} -k budgets"),
     (ENGINE, "own = copy(policy)", "own = policy", f"{OF_ENGINE} -k budgets"),
     (ENGINE, "key = (id(policy), type(budget), budget)", "key = budget", f"{OF_ENGINE} -k budgets"),
-    (ENGINE, "or request.policy is not group[0].policy", "", f"{OF_ENGINE} -k budgets"),
+    (SCHEDULE, "or not _together(request, group[0])", "", f"{OF_ENGINE} -k budgets"),
     (ENGINE, "if settings.disabled:", "if False:", f"{OF_ENGINE} -k disabled"),
     (ENGINE, "settings.plan or routing.policy", "routing.policy", f"{OF_ENGINE} -k using"),
-    (ENGINE, "tokens > self.max_prompt_tokens", "tokens > 2 * self.max_prompt_tokens", f"{OF_ENGINE} -k at_once"),
-    (ENGINE, "room = self.max_batch + self.lookahead - len(self.running)", "room = self.max_batch + self.lookahead",
+    (SCHEDULE, "tokens > self.max_prompt_tokens", "tokens > 2 * self.max_prompt_tokens", f"{OF_ENGINE} -k at_once"),
+    (SCHEDULE, "room = self.max_batch + self.lookahead - len(self.running)", "room = self.max_batch + self.lookahead",
      f"{OF_ENGINE} -k at_once"),
-    (ENGINE, "free = self.max_batch - len(self.running)", "free = self.max_batch + 1 - len(self.running)", ALONE),
+    (SCHEDULE, "free = min(self.max_batch - len(self.running)", "free = min(self.max_batch + 1 - len(self.running)", ALONE),
     (ENGINE, "[len(r.tokens) for r in rows]).tolist()", "[0 for r in rows]).tolist()", f"{OF_ENGINE} -k seeds"),
     (ENGINE, "and not request.sampling.ignore_eos", "", f"{OF_ENDINGS} -k sequence"),
     (ENGINE, "            request.held += 1\n", "            pass\n", ALONE),
     (ENGINE, "request.held = len(request.prompt)", "request.held = len(request.prompt) - 1", ALONE),
     (ENGINE, "            around.enter_context(evaluating(self.top))\n", "            self.top.eval()\n", OF_MODEL),
     (ENGINE, "                disable_dynamic_routing(self.top)\n", "                pass\n", OF_MODEL),
-    (ENGINE, "            rows = group or list(self.running)\n", "            rows = group\n",
+    (ENGINE, "            rows = group or list(self.schedule.running)\n", "            rows = group\n",
      f"{OF_ENDINGS} -k breaks"),
     (ENGINE, "self.pool.keys = self.pool.values = None", "pass", f"{OF_ENGINE} -k dtype"),
     (ENGINE, "ends = end_tokens(self.top, tokenizer)", "ends = end_tokens(self.top, None)",
      f"{OF_ENDINGS} -k sequence"),
-    (ENGINE, "places > self.pool.largest", "places > self.pool.size - self.pool.used", OF_ENDINGS),  # scattered room
+    (ENGINE, "self.schedule.prompts(self.pool.largest)", "self.schedule.prompts(self.pool.size - self.pool.used)",
+     OF_ENDINGS),  # scattered room
     (READ, "last = torch.tensor(packed.offsets[1:], device=\"cpu\").sub_(1)",
      "last = torch.tensor(packed.offsets[1:], device=\"cpu\").sub_(2).clamp_(0)", ALONE),
     (READ, "        logits = logits.index_select(0, last)\n", "        pass\n", f"{OF_ENGINE} -k logits_to_keep"),

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server over `drllm_fast.generation.Engine`; its parts need the extra `serve`."""
