@@ -44,7 +44,7 @@ def start_worker(spec: EngineSpec) -> Worker:
 def bytes_per_token(model: Any, tokenizer: Any) -> int:
     """Keys and values of a token and one visit, seen at a prompt of one token."""
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    with Engine(model, tokenizer, max_batch=1, lookahead=0, kv_tokens=layers) as engine:
+    with Engine(model, tokenizer, max_batch=1, lookahead=0, kv_tokens=layers, pack_weights=False) as engine:
         engine.submit([0], Sampling(max_new_tokens=1), path=[1] * layers)
         engine.step()
         return engine.pool.bytes_per_token()

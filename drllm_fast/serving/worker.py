@@ -56,7 +56,7 @@ class Worker:
         self.engine, self.max_requests, self.max_prompt_tokens = engine, max_requests, max_prompt_tokens
         self.held = 0  # places taken
         self.accepting = True
-        self.snapshot = Snapshot(pool_size=engine.pool.size)
+        self.snapshot = Snapshot()
         # A tokenizer is not to be used by two threads at once.
         self._tokenizer = copy.deepcopy(engine.tokenizer)
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="drllm-tokenizer")
@@ -155,6 +155,7 @@ class Worker:
         why = "the server is shutting down"
         try:
             with self.engine:
+                self._look()
                 self._started.set()
                 while not self._stop:
                     self._take_calls()
@@ -172,7 +173,8 @@ class Worker:
         while not self._calls.empty():
             self._calls.get()()
         self._send([(job, self._end(job, Unavailable(why))) for job in list(self._jobs.values())])
-        self._look()
+        if self.engine.pool is not None:
+            self._look()
 
     def _take_calls(self) -> None:
         if not self.engine.busy:

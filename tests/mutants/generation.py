@@ -27,7 +27,7 @@ MUTANTS = [
     (BATCH, "np.cumsum(lengths) - lengths, lengths)", "np.cumsum(lengths), lengths)", ALONE),
     (BATCH, "self._latest = -1\n        self._parts", "self._parts", ALONE),
     # -- the engine: who comes and goes, and what is given back
-    (ENGINE, "        if request in self.schedule.running:\n            self._batch = None\n", "", OF_ENDINGS),  # stale tables
+    (ENGINE, "        if request in self.schedule.running:\n            self._batch = None\n", "", OF_ENDINGS),
     (ENGINE, "            if not group and self.schedule.refill():\n                self._batch = None\n",
      "            if not group:\n                self.schedule.refill()\n", f"{OF_ENDINGS} -k random"),
     (ENGINE, "capacity = len(ids) + new - 1", "capacity = len(ids) + new", ALONE),
@@ -47,7 +47,8 @@ MUTANTS = [
     (SCHEDULE, "tokens > self.max_prompt_tokens", "tokens > 2 * self.max_prompt_tokens", f"{OF_ENGINE} -k at_once"),
     (SCHEDULE, "room = self.max_batch + self.lookahead - len(self.running)", "room = self.max_batch + self.lookahead",
      f"{OF_ENGINE} -k at_once"),
-    (SCHEDULE, "free = min(self.max_batch - len(self.running)", "free = min(self.max_batch + 1 - len(self.running)", ALONE),
+    (SCHEDULE, "free = min(self.max_batch - len(self.running)", "free = min(self.max_batch + 1 - len(self.running)",
+     ALONE),
     (ENGINE, "[len(r.tokens) for r in rows]).tolist()", "[0 for r in rows]).tolist()", f"{OF_ENGINE} -k seeds"),
     (ENGINE, "and not request.sampling.ignore_eos", "", f"{OF_ENDINGS} -k sequence"),
     (ENGINE, "            request.held += 1\n", "            pass\n", ALONE),
