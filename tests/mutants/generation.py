@@ -78,7 +78,7 @@ MUTANTS = [
     (POOL, "(at and sum(before) > start)", "(at and sum(before) > start + 1)", OF_POOL),
     (POOL, "        self.used -= tokens\n", "", OF_POOL),
     (POOL, "self.peak = max(self.peak, self.used)", "self.peak = self.used", OF_POOL),
-    (POOL, "self.values.transpose(0, 1).index_copy_(0, index,", "self.values.transpose(0, 1).index_copy_(0, index * 0,",
+    (POOL, "self.values.index_copy_(1, index,", "self.values.index_copy_(1, index * 0,",
      OF_POOL),
     (POOL, "tokens < 1 or start < 0", "start < 0", OF_POOL),
     # -- sampling
