@@ -278,20 +278,49 @@ def throughput(bench: Bench, rounds: Rounds, count: int, chosen: dict) -> list[s
 
 def order(bench: Bench, rounds: Rounds, count: int, chosen: dict) -> list[str]:
     routers = chosen["routers 0.8"]
+
+    def run(batch: int, how: str) -> dict:
+        bench.model.enable_dynamic_routing(routers[0], budget=routers[1])
+        spent = 0.0
+        try:
+            options = {"max_batch": batch, "lookahead": 96, "order": how, "row_tokens": 364}
+            with Engine(bench.model, bench.tokenizer, **options) as engine:
+                for prompt, sampling in zip(bench.prompts, bench.samplings, strict=True):
+                    engine.submit(prompt, sampling)
+                while engine.busy:
+                    began, steps = time.perf_counter(), engine.stats.steps
+                    engine.step()
+                    if engine.stats.steps > steps:  # prompts are read alike in either order
+                        spent += time.perf_counter() - began
+                stats = engine.stats
+        finally:
+            bench.model.disable_dynamic_routing()
+        return {
+            "seconds": spent,
+            "blocks": stats.block_runs / stats.steps,
+            "visits": stats.visits / sum(n - 1 for n in bench.lengths),
+        }
+
+    sizes = (8, 32)
     rows = {
-        f"batch {batch}, {how}": (
-            lambda batch=batch, how=how: {
-                "seconds": bench.engine(*routers, max_batch=batch, lookahead=96, order=how)[0]
-            }
-        )
-        for batch in (8, 32)
+        f"batch {batch}, {how}": (lambda batch=batch, how=how: run(batch, how))
+        for batch in sizes
         for how in ("arrival", "paths")
     }
     rounds.run("order", count, rows)
-    lines = ["| batch | by path, over by arrival |", "|---|---:|"]
-    for batch in (8, 32):
-        ratio = rounds.ratios("order", f"batch {batch}, arrival", f"batch {batch}, paths")
-        lines.append(f"| {batch} | {spread(ratio)} |")
+    lines = [
+        "Decode steps alone. A row's own path has the visits of the last column.",
+        "",
+        "| batch | speed by path, over by arrival | blocks of a step, by arrival | by path | of a row |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for batch in sizes:
+        names = f"batch {batch}, arrival", f"batch {batch}, paths"
+        arrival, paths = (rounds.of("order", name, "blocks")[0] for name in names)
+        own = rounds.of("order", names[0], "visits")[0]
+        lines.append(
+            f"| {batch} | {spread(rounds.ratios('order', *names))} | {arrival:.2f} | {paths:.2f} | {own:.2f} |"
+        )
     return lines
 
 

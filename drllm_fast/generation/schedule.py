@@ -89,14 +89,14 @@ class Schedule:
 
             sum over its visits v of 1 / (rows of the batch that run v + 1) - 1 / max_batch
 
-        The row that came first goes first in any case once it was passed over for as many rows as two batches have.
+        The row that came first goes first in any case once it was passed over for as many rows as eight batches have.
         """
         runs = visit_places(np.array([r.path for r in self.ready]), 0, 0)[0]
         count = visit_places(np.array([r.path for r in self.running]), 0, 0)[0].sum(0) if self.running else 0 * runs[0]
         left, chosen = list(range(len(self.ready))), []
         for _ in range(free):
             extra = (runs[left] * (1 / (count + 1) - 1 / self.max_batch)).sum(1)
-            best = 0 if self._passed >= 2 * self.max_batch else int(extra.argmin())  # of equals the first that came
+            best = 0 if self._passed >= 8 * self.max_batch else int(extra.argmin())  # of equals the first that came
             self._passed = self._passed + 1 if best else 0
             chosen.append(left.pop(best))
             count = count + runs[chosen[-1]]
