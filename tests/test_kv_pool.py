@@ -102,7 +102,7 @@ def test_written_tokens_lie_where_the_index_says(dtype):
             keys, values = keys.contiguous(), values.flip(2)
         pool.write(torch.tensor(index, dtype=torch.int64), keys, values)
         lies |= {place: (keys[0, :, i], values[0, :, i]) for i, place in enumerate(index)}
-    assert (pool.keys.shape, pool.values.shape) == ((2, 11, 6), (2, 11, 4))
+    assert (pool.keys.shape, pool.values.shape) == ((2, 12, 6), (2, 12, 4))
     assert pool.keys.dtype == pool.values.dtype == dtype
     assert pool.bytes_per_token() == 2 * (6 + 4) * (4 if dtype == torch.float32 else 2)
     for place, (key, value) in lies.items():

@@ -210,5 +210,5 @@ def place_prompts(run: Any, pool: KVPool, starts: Sequence[int], capacity: Seque
 def visit_places(plan: np.ndarray, starts: Sequence[int], capacity: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """For a plan [B, L], both [B, 2 L], visit (l, n) in column 2 l + n: which visits a row runs, and where in the pool
     their keys begin."""
-    runs = np.stack((plan >= 1, plan == 2), axis=2).reshape(len(plan), -1)
+    runs = np.stack((plan >= 1, plan == 2), axis=2).reshape(len(plan), 2 * plan.shape[1])
     return runs, np.atleast_1d(starts)[:, None] + (np.cumsum(runs, axis=1) - runs) * np.atleast_1d(capacity)[:, None]

@@ -22,6 +22,7 @@ from drllm_fast.decoder import end_tokens, routable_decoder, row_positions, unwr
 from drllm_fast.enable import disable_dynamic_routing, enable_dynamic_routing
 from drllm_fast.generation.calibration import packing_pays, step_cost
 from drllm_fast.generation.decode_batch import DecodeBatch, place_prompts
+from drllm_fast.generation.graphs import GraphedBatch, GraphedSteps, wanted
 from drllm_fast.generation.kv_pool import KVPool, kv_bytes_per_token
 from drllm_fast.generation.memory import free_bytes
 from drllm_fast.generation.packed_weights import packable, packed
@@ -78,6 +79,8 @@ class Engine:
                        half of the memory that is free
     pack_weights       on the CPU: multiply by packed copies of the weights (`packed_weights`), which take as much
                        memory again; None: where measuring says that it pays, and half of the free memory suffices
+    graphs             replay decode steps from CUDA graphs (`GraphedSteps`); None: on CUDA devices, where that is
+                       measured to be faster
     order              "paths": rows that are ready join the batch that runs what they run; "arrival": as they came
 
     Used inside `with engine:`, where the model is routed and in evaluation mode; it is left as it was. One thread
@@ -96,6 +99,7 @@ class Engine:
         row_tokens: int = 1024,
         pack_weights: bool | None = None,
         order: str = "paths",
+        graphs: bool | None = None,
     ):
         if order not in ("paths", "arrival"):
             raise ValueError(f"order must be 'paths' or 'arrival', got {order!r:.80}")
@@ -127,7 +131,9 @@ class Engine:
         self._numbers = itertools.count()
         self._policies: dict[tuple, tuple[Any, Any]] = {}  # the policy, and its copy of that budget
         self._dense = GivenPlan([1] * self.num_layers)
-        self._batch: DecodeBatch | None = None  # of `running`, as long as its rows stay
+        self._graphs = wanted(graphs, self.device), bool(graphs)
+        self._steps: GraphedSteps | None = None
+        self._batch: DecodeBatch | GraphedBatch | None = None  # of `running`, as long as its rows stay
         self._around: ExitStack | None = None
 
     def _packs(self, wanted: bool | None) -> bool:
@@ -159,6 +165,9 @@ class Engine:
             except BaseException:
                 self._around = None
                 raise
+            if self._graphs[0]:
+                parts = self._owner, self.pool, self.top, self._cache, self.device
+                self._steps = GraphedSteps(*parts, required=self._graphs[1])
             self._around = around.pop_all()
         return self
 
@@ -187,6 +196,7 @@ class Engine:
         for request in [*self.schedule.waiting, *self.schedule.ready, *self.schedule.running]:
             self.cancel(request)
         self._policies.clear()
+        self._steps = self._batch = None
         self.pool.keys = self.pool.values = None  # the model may have another dtype or device next time
         around.close()
 
@@ -361,15 +371,12 @@ class Engine:
             if len({r.path for r in rows}) > 1:
                 order = order_rows([r.path for r in rows])
                 rows = self.schedule.running = [rows[i] for i in order]
-            self._batch = DecodeBatch(
-                self._owner,
-                self.pool,
-                np.array([r.path for r in rows], dtype=np.int8),
-                [r.start for r in rows],
-                [r.capacity for r in rows],
-                [r.held for r in rows],
-                self.device,
-            )
+            plan = np.array([r.path for r in rows], dtype=np.int8)
+            layout = [r.start for r in rows], [r.capacity for r in rows], [r.held for r in rows]
+            if self._steps is not None:
+                self._batch = self._steps.batch(plan, *layout)
+            else:
+                self._batch = DecodeBatch(self._owner, self.pool, plan, *layout, self.device)
         newest = torch.tensor([r.tokens[-1] for r in rows], device="cpu").to(self.device)
         logits = self._batch.step(self.top, self._cache, newest)
         tokens = choose_tokens(logits, [r.sampling for r in rows], [len(r.tokens) for r in rows]).tolist()

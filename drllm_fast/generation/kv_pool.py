@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 class KVPool:
-    """Keys [H_kv, size, D] and values [H_kv, size, D_v], made when the first are written: their shape, dtype and device
-    are the model's.
+    """Keys [H_kv, size + 1, D] and values [H_kv, size + 1, D_v], made when the first are written: their shape, dtype
+    and device are the model's. The last place is never given away: it is for keys that nobody will look at.
 
     size   tokens of one visit that fit
     used   of them those in spans; peak: their most so far
@@ -63,7 +63,7 @@ class KVPool:
         """Put keys [1, H_kv, n, D] and values [1, H_kv, n, D_v] where index int64 [n] says."""
         if self.keys is None:
             # Head after head: attention reads one head of a row at a time, and 1.8 times as fast if it lies densely.
-            self.keys, self.values = (t.new_empty(t.shape[1], self.size, t.shape[3]) for t in (keys, values))
+            self.keys, self.values = (t.new_empty(t.shape[1], self.size + 1, t.shape[3]) for t in (keys, values))
         for kept, new in ((self.keys, keys), (self.values, values)):
             if (kept.shape[0], kept.shape[2]) != (new.shape[1], new.shape[3]):
                 raise NotImplementedError(
