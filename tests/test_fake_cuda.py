@@ -19,10 +19,12 @@ import pytest
 import torch
 from fake_cuda import CPU, CUDA, fake_cuda, on_cuda
 from families import LAYERS, prompts, tiny
+from generation_cases import Letters
 from oracles import padded
 
 import drllm_fast.kv_slot
-from drllm_fast import LayerRouters
+from drllm_fast import LayerRouters, Sampling, generate
+from drllm_fast.generation import Engine
 
 PLAN = [[0, 1, 2, 1], [1, 1, 0, 2], [2, 0, 1, 1]]
 ATTENTION = "drllm_fast.ragged_attention.default"
@@ -317,3 +319,32 @@ def test_generate_reads_the_mask_and_what_the_dense_model_reads(device, beams):
             reads.append(len(device.reads))
     assert torch.equal(got.held, pair.cpu.generate(ids, attention_mask=mask, **given))
     assert reads[1] == reads[0] + 4 * beams  # forwards, and with beams as many reorders
+
+
+def test_an_engine_waits_once_a_step(device):
+    """For the tokens that were chosen. Uploads: what reading prompts needs, and the tables of changed batches."""
+    cpu = tiny("llama")
+    gpu = device.move(copy.deepcopy(cpu))
+    rows = [row.tolist() for row in prompts([5, 9, 3])]
+    options = {
+        "sampling": [Sampling(n, ignore_eos=True) for n in (8, 5, 8)],
+        "paths": PLAN,
+        "lookahead": 0,
+        "max_batch": 3,
+    }
+    want = [result.tokens for result in generate(cpu, Letters(), rows, **options)]
+    crossed = []
+    with Engine(gpu, Letters(), max_batch=3, lookahead=0, kv_tokens=900, graphs=False) as engine:
+        requests = [
+            engine.submit(row, sampling, path=path)
+            for row, sampling, path in zip(rows, options["sampling"], PLAN, strict=True)
+        ]
+        while engine.busy:
+            device.clear()
+            engine.step()
+            crossed.append((len(device.reads), len(device.uploads), len(device.waits)))
+    assert [request.tokens for request in requests] == want
+    reading, first, *steps = crossed
+    assert reading == (1, 5, 0) and first[0] == 1 and first[2] == 0
+    assert steps[:2] == [(1, 0, 0)] * 2 and steps[4:] == [(1, 0, 0)] * 2  # between them a row leaves
+    assert steps[3][0] == 1 and steps[3][2] == 0 and steps[3][1] <= first[1]

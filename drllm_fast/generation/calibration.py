@@ -56,8 +56,6 @@ class StepCost:
 
 def packing_pays(layers: list[nn.Linear]) -> bool:
     """Whether a decode step takes less time in packed products, for 8 and 64 rows together."""
-    if not layers:
-        return False
     key = ["packed", *sorted({f"{tuple(layer.weight.shape)} {layer.weight.dtype}" for layer in layers})]
 
     def measure() -> dict[str, float]:

@@ -200,11 +200,16 @@ def place_prompts(run: Any, pool: KVPool, starts: Sequence[int], capacity: Seque
     row = np.repeat(np.arange(len(lengths)), lengths)
     within = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     runs, begins = visit_places(run.plan.numpy(), starts, capacity)
-    for layer, kept in enumerate(run.kept):
-        for number, (keys, values) in enumerate(kept):
-            mine = runs[row, 2 * layer + number]
-            index = begins[row[mine], 2 * layer + number] + within[mine]
-            pool.write(torch.from_numpy(index).to(keys.device), keys, values)
+    visits = [(layer, number) for layer, kept in enumerate(run.kept) for number in range(len(kept))]
+    places = []
+    for layer, number in visits:
+        mine = runs[row, 2 * layer + number]
+        places.append(begins[row[mine], 2 * layer + number] + within[mine])
+    if not places:
+        return
+    index = torch.from_numpy(np.concatenate(places)).to(run.packed.device, non_blocking=True)
+    for (layer, number), here in zip(visits, index.split([len(place) for place in places]), strict=True):
+        pool.write(here, *run.kept[layer][number])
 
 
 def visit_places(plan: np.ndarray, starts: Sequence[int], capacity: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

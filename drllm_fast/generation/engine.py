@@ -133,6 +133,7 @@ class Engine:
         self._dense = GivenPlan([1] * self.num_layers)
         self._graphs = wanted(graphs, self.device), bool(graphs)
         self._steps: GraphedSteps | None = None
+        self._newest: torch.Tensor | None = None  # their newest tokens, on the device
         self._batch: DecodeBatch | GraphedBatch | None = None  # of `running`, as long as its rows stay
         self._around: ExitStack | None = None
 
@@ -143,10 +144,10 @@ class Engine:
                 "pack_weights=True, but nothing can be packed: it takes the compiled extension (drllm-fast info) and "
                 "plain linear layers of float32 or bfloat16 on the CPU"
             )
-        if wanted is None:
+        if wanted is None and layers:
             size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
             return size < free_bytes(self.device) // 2 and packing_pays(layers)
-        return wanted
+        return bool(wanted)
 
     # -- around all of it
     def __enter__(self) -> Engine:
@@ -377,9 +378,11 @@ class Engine:
                 self._batch = self._steps.batch(plan, *layout)
             else:
                 self._batch = DecodeBatch(self._owner, self.pool, plan, *layout, self.device)
-        newest = torch.tensor([r.tokens[-1] for r in rows], device="cpu").to(self.device)
-        logits = self._batch.step(self.top, self._cache, newest)
-        tokens = choose_tokens(logits, [r.sampling for r in rows], [len(r.tokens) for r in rows]).tolist()
+            newest = torch.tensor([r.tokens[-1] for r in rows], device="cpu")
+            self._newest = newest.to(self.device, non_blocking=True)
+        logits = self._batch.step(self.top, self._cache, self._newest)
+        self._newest = choose_tokens(logits, [r.sampling for r in rows], [len(r.tokens) for r in rows])
+        tokens = self._newest.tolist()  # all that a step waits for
         self.stats.steps += 1
         self.stats.visits += sum(r.visits for r in rows)
         self.stats.block_runs += self._batch.visits

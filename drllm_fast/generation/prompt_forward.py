@@ -67,9 +67,10 @@ def read_prompts(
     past = [0] * packed.batch
     packed.announce_positions(past)
     run = PromptForward(owner, packed, num_layers, policy)
-    ids = torch.tensor([token for prompt in prompts for token in prompt], device="cpu").to(device)
+    ids = torch.tensor([token for prompt in prompts for token in prompt], device="cpu")
+    ids = ids.to(device, non_blocking=True)
     run.input_ids = ids
-    last = torch.tensor(packed.offsets[1:], device="cpu").sub_(1).to(device)
+    last = torch.tensor(packed.offsets[1:], device="cpu").sub_(1).to(device, non_blocking=True)
     logits = run_model(model, run, cache, ids, packed.positions(past), last)
     if len(logits) != packed.batch:  # a model without `logits_to_keep` gives all of them
         logits = logits.index_select(0, last)
