@@ -49,7 +49,7 @@ MUTANTS = [
      f"{OF_ENGINE} -k at_once"),
     (SCHEDULE, "free = min(self.max_batch - len(self.running)", "free = min(self.max_batch + 1 - len(self.running)",
      ALONE),
-    (ENGINE, "[len(r.tokens) for r in rows]).tolist()", "[0 for r in rows]).tolist()", f"{OF_ENGINE} -k seeds"),
+    (ENGINE, "[len(r.tokens) for r in rows])\n", "[0 for r in rows])\n", f"{OF_ENGINE} -k seeds"),
     (ENGINE, "and not request.sampling.ignore_eos", "", f"{OF_ENDINGS} -k sequence"),
     (ENGINE, "            request.held += 1\n", "            pass\n", ALONE),
     (ENGINE, "request.held = len(request.prompt)", "request.held = len(request.prompt) - 1", ALONE),
