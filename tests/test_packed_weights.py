@@ -1,6 +1,7 @@
 """Linear layers while they are packed: what they compute, which are left alone, and what is left of it afterwards."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 
 from drllm_fast import ops
 from drllm_fast.generation import Engine, Sampling, calibration, generate
+from drllm_fast.generation import engine as engine_module
 from drllm_fast.generation.packed_weights import PackedLinear, linear_seconds, packable, packed
+from drllm_fast.generation.sampling import choose_tokens
 
 compiled = pytest.mark.skipif(ops.EXTENSION_ERROR is not None, reason=f"no extension: {ops.EXTENSION_ERROR}")
 
@@ -109,3 +112,30 @@ def test_seconds_are_those_of_all_layers():
     layers = [nn.Linear(64, 64) for _ in range(20)] + [nn.Linear(64, 128, bias=False)]
     plain, fast = linear_seconds(layers, 4)
     assert 0 < plain < 5 and 0 < fast < 5
+
+
+@compiled
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "olmo2"])
+def test_scores_of_a_packed_engine_do_not_depend_on_company_at_all(family, monkeypatch):
+    """Bit for bit: products, attention and norms of a row are sums in an order of their own."""
+    model = tiny(family)
+    wild = random.Random(1)
+    rows = [[wild.randrange(2, 97) for _ in range(n)] for n in (5, 19, 1, 40, 8, 3)]
+    paths = [[1, 1, 1, 1], [1, 0, 2, 1], [1, 1, 1, 1], [0, 1, 1, 2], [1, 0, 2, 1], [1, 1, 0, 1]]
+    seen: dict[tuple, torch.Tensor] = {}
+
+    def choose(logits, samplings, numbers):
+        for scores, sampling, number in zip(logits, samplings, numbers, strict=True):
+            key = sampling.seed, number  # the seed says whose scores they are
+            assert torch.equal(seen.setdefault(key, scores.clone()), scores), key
+        return choose_tokens(logits, samplings, numbers)
+
+    monkeypatch.setattr(engine_module, "choose_tokens", choose)
+    each = [Sampling(12, seed=seed) for seed in range(len(rows))]
+    for options in (
+        {"max_batch": 1, "lookahead": 0, "max_prompt_tokens": 1},
+        {"max_batch": 6, "lookahead": 0},
+        {"max_batch": 2, "lookahead": 2, "max_prompt_tokens": 30},
+    ):
+        generate(model, Letters(), rows, sampling=each, paths=paths, pack_weights=True, **options)
+    assert len(seen) == 12 * len(rows)
