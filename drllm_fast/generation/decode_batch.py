@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from drllm_fast.generation.decode_forward import DecodeForward
 from drllm_fast.generation.kv_pool import KVPool
 from drllm_fast.generation.prompt_forward import EngineCache, run_model
 from drllm_fast.rows_ops import scatter_rows
@@ -64,7 +65,7 @@ class DecodeVisit:
         return (self.group.cu_seqlens, self.starts, self.lengths, 1, self.batch.longest), False
 
 
-class DecodeBatch:
+class DecodeBatch(DecodeForward):
     """Rows that decode together, and the forward of their next step.
 
     plan      int8 [B, L], the rows' paths
@@ -72,8 +73,6 @@ class DecodeBatch:
     capacity  tokens of each visit in the span
     lengths   tokens that each row has there
     """
-
-    takes_base = True
 
     def __init__(
         self,
@@ -85,13 +84,11 @@ class DecodeBatch:
         lengths: Sequence[int],
         device: torch.device,
     ):
-        self.owner, self.pool = owner, pool
+        super().__init__(owner, pool)
         self.longest = max(lengths)
         self._groups: dict[bytes, RowGroup] = {}
         self._parts: dict[tuple, tuple[object, object]] = {}
         self._layers: list[list[DecodeVisit]] = [[] for _ in range(plan.shape[1])]
-        self.visit: DecodeVisit | None = None
-        self._latest = -1
 
         runs, begins = visit_places(plan, starts, capacity)
         lengths = np.asarray(lengths)
@@ -141,15 +138,9 @@ class DecodeBatch:
         return run_model(model, self, cache, tokens, self.positions, 0)
 
     # -- what the seams of the model ask for
-    def run_base(self, forward: Callable[..., Any], **kwargs) -> Any:
-        return forward(**kwargs)
-
     def run_layer(self, module: nn.Module, forward: Callable[..., Tensor], hidden: Tensor, *args, **kwargs) -> Tensor:
         """All visits of one block: hidden [1, B, d] -> [1, B, d]."""
-        layer = module._drllm_layer
-        if layer <= self._latest:
-            raise NotImplementedError("this model runs a layer more than once a forward; use model.generate")
-        self._latest = layer
+        layer = self.entered(module)
         for visit in self._layers[layer]:
             self.visit, group = visit, visit.group
             out = forward(
@@ -160,21 +151,6 @@ class DecodeBatch:
             )
             hidden = group.put(hidden, out)
         return hidden
-
-    def store(self, cache: object, keys: Tensor, values: Tensor) -> None:
-        visit = self.visit
-        self.pool.write(visit.written, keys, values)
-        visit.keys, visit.values = keys, values
-
-    def attended(self, module: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, DecodeVisit]:
-        visit = self.visit
-        if keys is not visit.keys or values is not visit.values:
-            raise NotImplementedError(
-                f"{type(module).__name__} changes keys or values between the cache and the attention; "
-                "use model.generate"
-            )
-        visit.keys = visit.values = None
-        return self.pool.keys.unsqueeze(0), self.pool.values.unsqueeze(0), visit
 
     def _part(self, argument: object, group: RowGroup) -> object:
         """The part of a layer's argument that belongs to the group's rows, kept for the layers that share it."""

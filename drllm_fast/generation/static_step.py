@@ -13,13 +13,13 @@ costs nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from drllm_fast.generation.decode_batch import visit_places
+from drllm_fast.generation.decode_forward import DecodeForward
 from drllm_fast.generation.kv_pool import KVPool
 from drllm_fast.generation.prompt_forward import EngineCache, run_model
 
@@ -34,6 +34,10 @@ class StaticVisit:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
+    @property
+    def written(self) -> Tensor:
+        return self.step.written[self.at]
+
     # What the attention function asks for, as of `key_rows.KeyRows`.
     def segments(self) -> tuple[list[int], list[int], list[int]]:
         step = self.step
@@ -44,23 +48,20 @@ class StaticVisit:
         return (step.cu_seqlens, step.starts[self.at], step.held[self.at], 1, step.longest), False
 
 
-class StaticStep:
+class StaticStep(DecodeForward):
     """The step of `bucket` rows whose paths run visits of `union` alone and whose rows have at most `longest` tokens.
 
     union   bool [2 L]: visit (l, n) is 2 l + n
     logits  [bucket, V], of the last step
     """
 
-    takes_base = True
-
     def __init__(self, owner: object, pool: KVPool, union: np.ndarray, bucket: int, longest: int, device: torch.device):
-        self.owner, self.pool, self.bucket, self.longest = owner, pool, bucket, longest
+        super().__init__(owner, pool)
+        self.bucket, self.longest = bucket, longest
         self.union = np.flatnonzero(union)
         self._layers: list[list[StaticVisit]] = [[] for _ in range(len(union) // 2)]
         for at, visit in enumerate(self.union):
             self._layers[visit // 2].append(StaticVisit(at, int(visit) // 2, self))
-        self.visit: StaticVisit | None = None
-        self._latest = -1
         self.logits: Tensor | None = None
 
         def table(dtype: torch.dtype) -> Tensor:
@@ -109,32 +110,11 @@ class StaticStep:
         self.logits.copy_(logits)
 
     # -- what the seams of the model ask for
-    def run_base(self, forward: Callable[..., Any], **kwargs) -> Any:
-        return forward(**kwargs)
-
     def run_layer(self, module: nn.Module, forward: Callable[..., Tensor], hidden: Tensor, *args, **kwargs) -> Tensor:
         """All visits of one block: hidden [1, bucket, d] -> [1, bucket, d]."""
-        layer = module._drllm_layer
-        if layer <= self._latest:
-            raise NotImplementedError("this model runs a layer more than once a forward; use model.generate")
-        self._latest = layer
+        layer = self.entered(module)
         for visit in self._layers[layer]:
             self.visit = visit
             out = forward(module, hidden, *args, **kwargs)
             hidden = torch.where(self.runs[visit.at].view(1, -1, 1), out, hidden)
         return hidden
-
-    def store(self, cache: object, keys: Tensor, values: Tensor) -> None:
-        visit = self.visit
-        self.pool.write(self.written[visit.at], keys, values)
-        visit.keys, visit.values = keys, values
-
-    def attended(self, module: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, StaticVisit]:
-        visit = self.visit
-        if keys is not visit.keys or values is not visit.values:
-            raise NotImplementedError(
-                f"{type(module).__name__} changes keys or values between the cache and the attention; "
-                "use model.generate"
-            )
-        visit.keys = visit.values = None
-        return self.pool.keys.unsqueeze(0), self.pool.values.unsqueeze(0), visit
