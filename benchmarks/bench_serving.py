@@ -34,6 +34,14 @@ import typer
 MODEL = "smollm2-135m-instruct"
 TOPICS = "the sea, bread, bicycles, winter, a lost key, tides, glass, moss, the number seven, trains".split(", ")
 ASKS = "Tell me about {}.", "Write two sentences about {}.", "What is the use of {}?", "A poem on {}, please."
+
+
+def otherwise(**changes: object) -> bytes:
+    """A request with something wrong in it."""
+    messages = [{"role": "user", "content": "Tell me about the sea."}]
+    return json.dumps({"model": MODEL, "messages": messages, "max_tokens": 4} | changes).encode()
+
+
 # What is sent in place of a request, and the status that it must get.
 RUBBISH = [
     (b"{", 400),
@@ -41,6 +49,11 @@ RUBBISH = [
     (json.dumps({"model": MODEL, "messages": "hello"}).encode(), 400),
     (json.dumps({"model": "another", "messages": [{"role": "user", "content": "hello"}]}).encode(), 404),
     (b"[" * (1 << 20), 413),
+    (otherwise(messages=[{"role": "user", "content": "sea " * (1 << 18)}]), 413),
+    (otherwise(temperature="hot"), 400),
+    (otherwise(max_tokens=-1), 400),
+    (otherwise(budget=-0.5), 400),
+    (otherwise(colour="blue"), 400),
 ]
 
 
