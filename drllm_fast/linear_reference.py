@@ -42,6 +42,6 @@ def pack_linear(weight: Tensor) -> Tensor:
 
 def packed_linear(x: Tensor, panels: Tensor, bias: Tensor | None, features: int) -> Tensor:
     check_packed(x, panels, bias, features)
-    weight = panels.permute(0, 2, 1).reshape(-1, panels.shape[1])[:features]
+    weight = panels.permute(0, 2, 1).flatten(0, 1)[:features]
     out = x.float() @ weight.float().T
     return (out if bias is None else out + bias.float()).to(x.dtype)

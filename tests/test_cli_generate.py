@@ -433,7 +433,15 @@ def test_a_run_that_was_killed_goes_on(tiny, tmp_path):
     assert [json.loads(line)["line"] for line in begin.splitlines()[: len(early)]] == list(early)
 
 
-def test_an_interrupt_says_how_to_go_on(tiny, tmp_path, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """Also where the tests are a background job, which ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_says_how_to_go_on(tiny, tmp_path, monkeypatch, interruptible):
     """In the middle of writing an answer, which is written all the same."""
     from drllm_fast.generation.prompt_files import AnswerFile
 
