@@ -42,7 +42,6 @@ from drllm_fast.generation.calibration import _machine
 from drllm_fast.generation.decode_batch import DecodeBatch
 from drllm_fast.generation.prompt_forward import PromptForward
 from drllm_fast.influence import calibration_texts
-from drllm_fast.loading import from_pretrained  # noqa: F401  as users load
 from drllm_fast.routers import LayerRouters
 from drllm_fast.smollm2 import NAME, load_smollm2
 
@@ -163,7 +162,7 @@ def in_blocks() -> Iterator[list[float]]:
             kind.run_layer = run
 
 
-def policies(bench: Bench, masks: Path | None) -> dict[str, tuple[Any, float | None]]:
+def policies(bench: Bench) -> dict[str, tuple[Any, float | None]]:
     routers = LayerRouters.from_pretrained(NAME)
     found: dict[str, tuple[Any, float | None]] = {"dense": (None, None)}
     for budget in BUDGETS:
@@ -448,7 +447,7 @@ def main(
         "data": "given" if data else "bundled",
     }  # fmt: skip
     done = Rounds(output / "rounds.jsonl", about)
-    chosen = policies(bench, None)
+    chosen = policies(bench)
     report = [f"{name}: {value}" for name, value in about.items()]
     makers = {
         "throughput": lambda: throughput(bench, done, rounds, chosen),

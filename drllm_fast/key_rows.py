@@ -21,13 +21,14 @@ class KeyRows(NamedTuple):
     total: list[int]
     tables: Tables
     known: dict[tuple, tuple]  # layouts of this forward: visits of the same rows mostly keep their keys alike
+    name: tuple | None = None  # of the layout, where a forward has a shorter one than what is in it
 
     def segments(self) -> tuple[list[int], list[int], list[int]]:
         return self.new, self.starts, self.total
 
     def layout(self, device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor, int, int], bool]:
         """cu_seqlens, starts, lengths, max_query, max_length of `ops.ragged_attention`, and whether it is `packed`."""
-        key = (*self.new, *self.starts, *self.total, device)
+        key = (self.name or (*self.new, *self.starts, *self.total), device)
         if key not in self.known:
             tables = (self.tables.get(*table, device) for table in layout_tables(*self.segments()))
             packed = self.total == self.new and self.starts == [0, *accumulate(self.new[:-1])]

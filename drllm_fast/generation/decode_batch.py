@@ -49,10 +49,10 @@ class RowGroup:
 class DecodeVisit:
     """One application of a block in a step. The tables are views into those of the whole batch."""
 
-    __slots__ = ("layer", "number", "group", "starts", "lengths", "written", "batch", "keys", "values")
+    __slots__ = ("layer", "group", "starts", "lengths", "written", "batch", "keys", "values")
 
-    def __init__(self, layer: int, number: int, group: RowGroup, tables: tuple[Tensor, ...], batch: DecodeBatch):
-        self.layer, self.number, self.group, self.batch = layer, number, group, batch
+    def __init__(self, layer: int, group: RowGroup, tables: tuple[Tensor, ...], batch: DecodeBatch):
+        self.layer, self.group, self.batch = layer, group, batch
         self.starts, self.lengths, self.written = tables
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
@@ -105,7 +105,7 @@ class DecodeBatch(DecodeForward):
         for at, rows in visits:
             there = slice(offset, offset + len(rows))
             tables = begin[there], self._held[there], self._written[there]
-            visit = DecodeVisit(int(at) // 2, int(at) % 2, self._group(rows, len(plan), device), tables, self)
+            visit = DecodeVisit(int(at) // 2, self._group(rows, len(plan), device), tables, self)
             self._layers[visit.layer].append(visit)
             offset += len(rows)
 

@@ -131,7 +131,7 @@ class Engine:
         self._numbers = itertools.count()
         self._policies: dict[tuple, tuple[Any, Any]] = {}  # the policy, and its copy of that budget
         self._dense = GivenPlan([1] * self.num_layers)
-        self._graphs = wanted(graphs, self.device), bool(graphs)
+        self._graphs, self._graphs_required = wanted(graphs, self.device), bool(graphs)
         self._steps: GraphedSteps | None = None
         self._newest: torch.Tensor | None = None  # their newest tokens, on the device
         self._batch: DecodeBatch | GraphedBatch | None = None  # of `running`, as long as its rows stay
@@ -166,9 +166,9 @@ class Engine:
             except BaseException:
                 self._around = None
                 raise
-            if self._graphs[0]:
+            if self._graphs:
                 parts = self._owner, self.pool, self.top, self._cache, self.device
-                self._steps = GraphedSteps(*parts, required=self._graphs[1])
+                self._steps = GraphedSteps(*parts, required=self._graphs_required)
             self._around = around.pop_all()
         return self
 
@@ -332,6 +332,7 @@ class Engine:
                 raise
 
     def _read(self, group: list[Request]) -> list[Delta]:
+        began = time.monotonic()
         places = sum(request.bound * request.capacity for request in group)
         start = self.pool.allocate(places)
         try:
@@ -354,7 +355,7 @@ class Engine:
         # All have their spans before the first token is looked at, so that what fails there gives all of them back.
         now = time.monotonic()
         for request, path, count, place in zip(group, run.plan.tolist(), visits, starts, strict=True):
-            request.read_at = request.first_at = now
+            request.read_at, request.first_at = began, now
             request.path, request.visits, request.start = tuple(path), count, place
             request.held = len(request.prompt)
         self.schedule.read(group)
@@ -413,9 +414,10 @@ class Engine:
     def _drop(self, request: Request, reason: str) -> None:
         """A row ends and leaves."""
         request.finish_reason = reason
-        if request in self.schedule.running:
+        place = self.schedule.remove(request)
+        if place == "running":
             self._batch = None
-        if self.schedule.remove(request) and request.span:
+        if place is not None and request.span:
             self.pool.release(request.start, request.span)
 
     def _note_peaks(self) -> None:

@@ -51,12 +51,14 @@ def generate(
                     token of each prompt
     progress        a bar on stderr
     engine          what `Engine` takes: max_batch, lookahead, max_prompt_tokens, kv_tokens, row_tokens, pack_weights,
-                    order
+                    graphs, order
 
     Answers do not depend on what else is answered: in fp32 they are, token for token, those of each prompt alone, up to
     scores that differ by less than the rounding of a sum; with packed weights on the CPU, where all products are linear
-    layers, bit for bit. Raises TypeError or ValueError, for everything that can be
-    known before the first token is made where `prompts` is a sequence, and what `enable_dynamic_routing` raises.
+    layers, bit for bit.
+
+    Raises TypeError or ValueError, for everything that can be known before the first token is made where `prompts` is a
+    sequence, and what `enable_dynamic_routing` raises.
     """
     if stream is not None and stream not in STREAMS:
         raise ValueError(f"stream must be None or one of {', '.join(STREAMS)}, got {stream!r:.80}")

@@ -62,7 +62,8 @@ class KVPool:
     def write(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put keys [1, H_kv, n, D] and values [1, H_kv, n, D_v] where index int64 [n] says."""
         if self.keys is None:
-            # Head after head: attention reads one head of a row at a time, and 1.8 times as fast if it lies densely.
+            # Head after head, since attention reads one head of a row at a time: 1.8 times as fast as token after token
+            # (64 rows of 100 tokens, 3 heads of 64, fp32, two cores with AVX2).
             self.keys, self.values = (t.new_empty(t.shape[1], self.size + 1, t.shape[3]) for t in (keys, values))
         for kept, new in ((self.keys, keys), (self.values, values)):
             if (kept.shape[0], kept.shape[2]) != (new.shape[1], new.shape[3]):

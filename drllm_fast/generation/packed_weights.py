@@ -1,7 +1,8 @@
 """Linear layers that multiply by weights packed beforehand, for as long as an engine runs, on the CPU.
 
-With few rows, torch's own product spends much of its time on laying the weights out anew at each call, and in bfloat16
-on a processor without such units nearly all of it on widening them. Packed once, weights are read straight through.
+With few rows, torch's own product lays the weights out anew at each call, and in bfloat16 on a processor without units
+for it is several times slower than in float32 (benchmarks/bench_linear.py). Packed once, weights are read straight
+through.
 """
 
 from __future__ import annotations

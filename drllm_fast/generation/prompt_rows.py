@@ -102,7 +102,8 @@ def encode_rows(
     if chat is None:
         chat = getattr(tokenizer, "chat_template", None) is not None
     tokens = []
-    with Engine(model, tokenizer, max_batch=1, lookahead=0, kv_tokens=NO_LIMIT) as engine:
+    options = {"max_batch": 1, "lookahead": 0, "kv_tokens": NO_LIMIT, "pack_weights": False}  # it only checks
+    with Engine(model, tokenizer, **options) as engine:
         for row in rows:
             prompt = row.prompt
             if chat and isinstance(prompt, str):

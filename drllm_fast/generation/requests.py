@@ -23,7 +23,7 @@ class Generation:
     finish_reason   "stop" (end of sequence, or a stop text), "length" (max_new_tokens)
     prompt_tokens   tokens of the prompt
     kv_bytes        keys and values that it held at its end
-    waited          seconds until its prompt was read
+    waited          seconds until the forward began that read its prompt
     first_token     seconds until its first token, from when it was submitted
     seconds         until its end
     """

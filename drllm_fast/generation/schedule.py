@@ -32,13 +32,14 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.waiting) + len(self.ready) + len(self.running)
 
-    def remove(self, request: Request) -> bool:
-        """Whether it was there."""
-        for queue in (self.waiting, self.ready, self.running):
+    def remove(self, request: Request) -> str | None:
+        """Where it was; None if nowhere."""
+        for name in ("running", "ready", "waiting"):  # thousands may wait, and most leave while they run
+            queue = getattr(self, name)
             if request in queue:
                 queue.remove(request)
-                return True
-        return False
+                return name
+        return None
 
     def prompts(self, places: int) -> list[Request]:
         """Waiting prompts, in their order, that are read now: in one forward, for one policy, with room for their keys

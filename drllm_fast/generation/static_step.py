@@ -27,10 +27,10 @@ from drllm_fast.generation.prompt_forward import EngineCache, run_model
 class StaticVisit:
     """One application of a block in a step; its tables are rows of the step's own."""
 
-    __slots__ = ("at", "layer", "step", "keys", "values")
+    __slots__ = ("at", "step", "keys", "values")
 
-    def __init__(self, at: int, layer: int, step: StaticStep):
-        self.at, self.layer, self.step = at, layer, step
+    def __init__(self, at: int, step: StaticStep):
+        self.at, self.step = at, step
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
@@ -61,7 +61,7 @@ class StaticStep(DecodeForward):
         self.union = np.flatnonzero(union)
         self._layers: list[list[StaticVisit]] = [[] for _ in range(len(union) // 2)]
         for at, visit in enumerate(self.union):
-            self._layers[visit // 2].append(StaticVisit(at, int(visit) // 2, self))
+            self._layers[visit // 2].append(StaticVisit(at, self))
         self.logits: Tensor | None = None
 
         def table(dtype: torch.dtype) -> Tensor:

@@ -153,7 +153,7 @@ class TreeForward:
         if index is not None:
             index = index.to(keys.device)
             keys, values = keys.index_select(2, index), values.index_select(2, index)
-        return keys, values, KeyRows(new, starts, held, self._tables, self._layouts)
+        return keys, values, KeyRows(new, starts, held, self._tables, self._layouts, visit.prompts)
 
     def _segments_of(self, prompts: tuple[int, ...]) -> tuple[Tensor | None, list[int], list[int], list[int]]:
         """For rows of these prompts: which tokens are the keys (None: each its own, once), and the segments' layout."""
