@@ -27,7 +27,7 @@ MUTANTS = [
     (BATCH, "np.cumsum(lengths) - lengths, lengths)", "np.cumsum(lengths), lengths)", ALONE),
     (BATCH, "self._latest = -1\n        self._parts", "self._parts", ALONE),
     # -- the engine: who comes and goes, and what is given back
-    (ENGINE, "        if request in self.schedule.running:\n            self._batch = None\n", "", OF_ENDINGS),
+    (ENGINE, "        if place == \"running\":\n            self._batch = None\n", "", OF_ENDINGS),
     (ENGINE, "            if not group and self.schedule.refill():\n                self._batch = None\n",
      "            if not group:\n                self.schedule.refill()\n", f"{OF_ENDINGS} -k random"),
     (ENGINE, "capacity = len(ids) + new - 1", "capacity = len(ids) + new", ALONE),
