@@ -1,6 +1,6 @@
 """What routing, packing and grouping bring when many prompts are answered: SmolLM2-135M-Instruct, greedy.
 
-    python benchmarks/bench_generate.py --data FOLDER --output benchmarks/results/generate
+    python -m benchmarks.bench_generate --data FOLDER --output benchmarks/results/generate
 
 Prompts: questions and passages of FOLDER, or pieces of the bundled text without it, of 10 to 300 tokens, in an order
 that is drawn once. Every row makes the same work: of each prompt as many tokens as the dense model's own
@@ -20,9 +20,7 @@ Rounds that are done are kept in OUTPUT/rounds.jsonl, and a run that was broken 
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -32,13 +30,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 
 import drllm_fast
-from drllm_fast import Sampling, StaticPolicy, build_info
+from benchmarks.rounds import Rounds, about_this_machine, ideal, quartiles, spread
+from drllm_fast import Sampling, StaticPolicy
 from drllm_fast.generation import Engine
-from drllm_fast.generation.calibration import _machine
 from drllm_fast.generation.decode_batch import DecodeBatch
 from drllm_fast.generation.prompt_forward import PromptForward
 from drllm_fast.influence import calibration_texts
@@ -177,50 +174,7 @@ def resident_bytes() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
-class Rounds:
-    """Measurements by part, round and row; kept line by line."""
-
-    def __init__(self, file: Path, about: dict):
-        self.file = file
-        self.found: dict[tuple[str, int, str], dict] = {}
-        if file.exists():
-            first, *lines = file.read_text().splitlines()
-            if json.loads(first) != about:
-                raise SystemExit(f"{file} holds rounds of another set-up: {first}; give another --output")
-            for line in lines:
-                entry = json.loads(line)
-                self.found[entry["part"], entry["round"], entry["row"]] = entry
-        else:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(about) + "\n")
-
-    def run(self, part: str, rounds: int, rows: dict[str, Callable[[], dict]]) -> None:
-        for turn in range(rounds):
-            for row in list(rows)[:: 1 if turn % 2 == 0 else -1]:
-                if (part, turn, row) in self.found:
-                    continue
-                entry = {"part": part, "round": turn, "row": row, **rows[row]()}
-                self.found[part, turn, row] = entry
-                with self.file.open("a") as out:
-                    out.write(json.dumps(entry) + "\n")
-                typer.echo(f"{part} round {turn}: {row} {entry.get('seconds', 0):.2f} s", err=True)
-
-    def of(self, part: str, row: str, name: str = "seconds") -> list[float]:
-        return [e[name] for (p, _, r), e in sorted(self.found.items()) if (p, r) == (part, row) and name in e]
-
-    def ratios(self, part: str, over: str, row: str) -> list[float]:
-        return [a / b for a, b in zip(self.of(part, over), self.of(part, row), strict=True)]
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f} - {max(values):.3f})"
-
-
-def ideal(block_share: float, share: float) -> float:
-    return 1 / (1 - block_share * (1 - share))
-
-
-def throughput(bench: Bench, rounds: Rounds, count: int, chosen: dict) -> list[str]:
+def throughput(bench: Bench, rounds: Rounds, count: int, chosen: dict, hf_rounds: int) -> list[str]:
     sample = bench.prompts[:64]
     if ("choose", 0, "batch") not in rounds.found:
         tried = {b: bench.hugging_face(b, prompts=sample)[0] for b in HF_BATCHES if b <= len(sample)}
@@ -248,7 +202,7 @@ def throughput(bench: Bench, rounds: Rounds, count: int, chosen: dict) -> list[s
         f"Hugging Face, batch {best}, sorted": hugging_face_row(True),
         **{name: engine_row(*policy) for name, policy in chosen.items()},
     }
-    rounds.run("throughput", count, rows)
+    rounds.run("throughput", count, rows, fewer={name: hf_rounds for name in rows if name.startswith("Hugging")})
     rounds.run("blocks", 1, {"share": lambda: {"value": bench.block_share()}})
     s = rounds.of("blocks", "share", "value")[0]
     hf = f"Hugging Face, batch {best}"
@@ -324,58 +278,64 @@ def order(bench: Bench, rounds: Rounds, count: int, chosen: dict) -> list[str]:
 
 
 def latency(bench: Bench, rounds: Rounds, count: int, chosen: dict) -> list[str]:
-    prompts = bench.prompts[:16]
+    """All rows answer a prompt in turn before the next prompt, so that they share what else the machine does."""
+    prompts, new = bench.prompts[:16], 17
+    routers = chosen["routers 0.8"][0]
+    given = {name: {"budget": budget} for name, (policy, budget) in chosen.items() if policy is routers}
+    given["dense"] = {"path": [1] * bench.layers}
+    for name, (policy, _) in chosen.items():
+        if isinstance(policy, StaticPolicy):
+            given[name] = {"path": policy.path}
 
-    def run(policy: Any, budget: float | None, timed: bool = False) -> dict:
-        if policy is not None:
-            bench.model.enable_dynamic_routing(policy, budget=budget)
-        firsts, each, visits = [], [], []
+    def answer(engine: Engine, prompt: list[int], spent: list[float], row: dict) -> dict:
+        request = engine.submit(prompt, Sampling(max_new_tokens=new, ignore_eos=True), **row)
+        steps, blocks = [], []
+        while engine.busy:
+            spent.clear()
+            began = time.perf_counter()
+            engine.step()
+            steps.append(time.perf_counter() - began)
+            blocks.append(sum(spent) / steps[-1])
+        return {
+            "first": steps[0], "token": statistics.median(steps[1:]), "visits": request.visits,
+            "blocks_first": blocks[0], "blocks_token": statistics.median(blocks[1:]),
+        }  # fmt: skip
+
+    def run() -> dict:
+        found: dict[str, list[dict]] = {name: [] for name in given}
+        bench.model.enable_dynamic_routing(routers)
         try:
             with in_blocks() as spent, Engine(bench.model, bench.tokenizer, max_batch=1, lookahead=0) as engine:
-                blocks = [0.0, 0.0]
-                for prompt in prompts:
-                    request = engine.submit(prompt, Sampling(max_new_tokens=17, ignore_eos=True))
-                    steps = []
-                    while engine.busy:
-                        spent.clear()
-                        began = time.perf_counter()
-                        engine.step()
-                        steps.append(time.perf_counter() - began)
-                        blocks[len(steps) > 1] += sum(spent)
-                    firsts.append(steps[0])
-                    each.append(statistics.median(steps[1:]))
-                    visits.append(request.visits)
+                answer(engine, prompts[0], spent, given["dense"])
+                for number, prompt in enumerate(prompts):
+                    for name in list(given)[:: 1 if number % 2 == 0 else -1]:
+                        found[name].append(answer(engine, prompt, spent, given[name]))
         finally:
-            if policy is not None:
-                bench.model.disable_dynamic_routing()
-        tokens = [len(p) for p in prompts]
-        return {
-            "seconds": sum(each) / len(each),
-            "first": sum(firsts),
-            "share": sum(visits) / (bench.layers * len(visits)),
-            "first_share": sum(v * n for v, n in zip(visits, tokens, strict=True)) / (bench.layers * sum(tokens)),
-            "blocks_first": blocks[0] / sum(firsts),
-            "blocks": blocks[1] / (16 * sum(each)),
-        }
+            bench.model.disable_dynamic_routing()
+        return {"answers": found}
 
-    rows = {name: (lambda policy=policy: run(*policy)) for name, policy in chosen.items()}
-    rounds.run("latency", count, rows)
-    s_first = statistics.median(rounds.of("latency", "dense", "blocks_first"))
-    s = statistics.median(rounds.of("latency", "dense", "blocks"))
+    rounds.run("latency", count, {"all": run})
+    answers: dict[str, list[dict]] = {name: [] for name in given}
+    for entry in rounds.of("latency", "all", "answers"):
+        for name in given:
+            answers[name] += entry[name]
+    s = {part: statistics.median(a[f"blocks_{part}"] for a in answers["dense"]) for part in ("token", "first")}
     lines = [
-        "| row | visits | a token, of dense | ideal | over ideal | first token, of dense | ideal | over ideal |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"{len(prompts)} prompts, {new} new tokens each; medians of ratios, with quartiles. "
+        f"Blocks take {s['token']:.3f} of a dense token's time and {s['first']:.3f} of the time to the first. "
+        "Ideals are those of each prompt's path.",
+        "",
+        "| row | visits | a token, of dense | over ideal | first token, of dense | over ideal |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
-    for row in rows:
-        share = rounds.of("latency", row, "share")[0]
-        first_share = rounds.of("latency", row, "first_share")[0]
+    for name in chosen:
         cells = []
-        for name, part, v in (("seconds", s, share), ("first", s_first, first_share)):
-            dense, own = rounds.of("latency", "dense", name), rounds.of("latency", row, name)
-            ratios = [a / b for a, b in zip(own, dense, strict=True)]
-            best = 1 - part * (1 - v)
-            cells.append(f"{spread(ratios)} | {best:.3f} | {statistics.median(ratios) / best:.3f}")
-        lines.append(f"| {row} | {share:.3f} | {cells[0]} | {cells[1]} |")
+        for part in ("token", "first"):
+            pairs = [(a, a[part] / d[part]) for a, d in zip(answers[name], answers["dense"], strict=True)]
+            over = [ratio * ideal(s[part], a["visits"] / bench.layers) for a, ratio in pairs]
+            cells.append(f"{quartiles([ratio for _, ratio in pairs])} | {quartiles(over)}")
+        visits = statistics.mean(a["visits"] for a in answers[name]) / bench.layers
+        lines.append(f"| {name} | {visits:.3f} | {cells[0]} | {cells[1]} |")
     return lines
 
 
@@ -434,23 +394,21 @@ def main(
     prompts: Annotated[int, typer.Option(min=64)] = 256,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
+    hf_rounds: Annotated[int | None, typer.Option(min=1, help="Of Hugging Face's rows; default: all.")] = None,
     many: Annotated[int, typer.Option(min=8, help="Prompts of the memory part.")] = 2000,
     parts: Annotated[str, typer.Option(help="Which parts, comma-separated.")] = "throughput,order,latency,memory",
 ) -> None:
     """Benchmark of `drllm_fast.generate`."""
     bench = Bench(getattr(torch, dtype), data, prompts, max_new_tokens)
-    isa = (build_info()["extension"] or {}).get("instruction_set")
     about = {
         "model": NAME, "dtype": dtype, "prompts": len(bench.prompts), "max_new_tokens": max_new_tokens,
-        "device": _machine("cpu"), "threads": torch.get_num_threads(), "instruction_set": isa,
-        "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
-        "data": "given" if data else "bundled",
+        **about_this_machine("cpu"), "data": "given" if data else "bundled",
     }  # fmt: skip
     done = Rounds(output / "rounds.jsonl", about)
     chosen = policies(bench)
     report = [f"{name}: {value}" for name, value in about.items()]
     makers = {
-        "throughput": lambda: throughput(bench, done, rounds, chosen),
+        "throughput": lambda: throughput(bench, done, rounds, chosen, hf_rounds or rounds),
         "order": lambda: order(bench, done, rounds, chosen),
         "latency": lambda: latency(bench, done, rounds, chosen),
         "memory": lambda: memory(bench, done, chosen, many),

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -103,6 +104,33 @@ def start(*arguments):
         # A shell starts what it puts into the background with interrupts ignored, and that is inherited.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+
+
+def file_command(model, source, target, *more, policy="skip:1", new=6):
+    """The arguments of `drllm-fast generate` for a file of prompts."""
+    arguments = ["--model", model, "--policy", policy, "--max-new-tokens", new, "--input", source, "--output", target]
+    return ["generate", *map(str, arguments), *map(str, more)]
+
+
+def file_answers(path):
+    """Of each line of the input its answer, but for the time it took."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        assert row.pop("seconds") > 0
+    found = {row["line"]: row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def interrupted_at(process, line, signal_number, seconds=0.0):
+    """What a process says on stderr that is given the signal some time after the line came."""
+    try:
+        assert process.stdout.readline() == line, process.communicate()
+        time.sleep(seconds)
+        process.send_signal(signal_number)
+        return process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
 
 
 def ended(result):

@@ -1,5 +1,6 @@
 """The command line on a tiny random Llama, and the demo on the real SmolLM2."""
 
+import functools
 import gzip
 import json
 import re
@@ -7,11 +8,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from cli_cases import call, refused, tiny_folder
 
 import drllm_fast
-from drllm_fast import cli
+from drllm_fast import cli, smollm2
 
 ROOT = Path(__file__).parent.parent
 
@@ -155,6 +157,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_readmes_python_runs_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    # The examples leave bfloat16 to the default; processors without units for it take minutes for them.
+    monkeypatch.setattr(smollm2, "load_smollm2", functools.partial(smollm2.load_smollm2, torch.float32))
     blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
     assert len(blocks) >= 5
     scope: dict = {}

@@ -1,14 +1,10 @@
 """`drllm-fast generate` on a tiny random Llama."""
 
-import gzip
 import json
-import os
 import signal
-import time
-from pathlib import Path
 
 import pytest
-from cli_cases import LAYERS, TEMPLATE, call, refused, start, tiny_folder
+from cli_cases import LAYERS, TEMPLATE, call, file_answers, file_command, interrupted_at, refused, start, tiny_folder
 
 from drllm_fast import cli_generate
 from drllm_fast.cli_models import SMOLLM2
@@ -69,15 +65,15 @@ def test_an_end_of_sequence_is_no_token_of_the_answer(tiny, tmp_path):
     """It is chosen and never read, so that the row holds its prompt and its answer."""
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(json.dumps({"prompt": "Hello"}))
-    assert call(*command(tiny, source, target, policy="path:1,0,2,1")).exit_code == 0
-    tokens = answers(target)[1]["tokens"]
+    assert call(*file_command(tiny, source, target, policy="path:1,0,2,1")).exit_code == 0
+    tokens = file_answers(target)[1]["tokens"]
     folder = tiny_folder(tmp_path / "ends")
     for end in (tokens[0], tokens[2]):
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
         (row,) = as_json(generate(folder, "path:1,0,2,1", "--json", prompts=("Hello",)))["results"]
         assert row["tokens"] == 5 + tokens.index(end) and row["kv_bytes"] == row["tokens"] * LAYERS * 2 * 2 * 8 * 4
-        assert call(*command(folder, source, target, "--overwrite", policy="path:1,0,2,1")).exit_code == 0
-        ended = answers(target)[1]
+        assert call(*file_command(folder, source, target, "--overwrite", policy="path:1,0,2,1")).exit_code == 0
+        ended = file_answers(target)[1]
         assert (ended["tokens"], ended["finish_reason"]) == (tokens[: tokens.index(end)], "stop")
 
 
@@ -181,11 +177,11 @@ def test_the_chat_template_is_used_where_there_is_one(chatty):
 
 
 def test_sampling_follows_its_seed(tiny):
-    def answers(seed):
+    def file_answers(seed):
         out = as_json(generate(tiny, "skip:1", "--temperature", 2.0, "--seed", seed, "--json"))
         return [r["answer"] for r in out["results"]]
 
-    assert answers(1) == answers(1) != answers(2)
+    assert file_answers(1) == file_answers(1) != file_answers(2)
 
 
 def test_dtype(tiny):
@@ -299,17 +295,6 @@ def test_debug_shows_the_traceback_of_any_error(tiny, monkeypatch):
     assert isinstance(generate(tiny, "path:1,1").exception, ValueError)
 
 
-def interrupted_at(process, line, signal_number, seconds=0.0):
-    """What a process says on stderr that is given the signal some time after the line came."""
-    try:
-        assert process.stdout.readline() == line, process.communicate()
-        time.sleep(seconds)
-        process.send_signal(signal_number)
-        return process.communicate(timeout=60)[1]
-    finally:
-        process.kill()
-
-
 def test_ctrl_c_in_the_middle(tiny):
     """A real process, a real signal, while it generates."""
     code = (
@@ -323,257 +308,6 @@ def test_ctrl_c_in_the_middle(tiny):
     err = interrupted_at(process, "begun\n", signal.SIGINT, 1.0)
     assert process.returncode == 130, err
     assert "Traceback" not in err and "interrupted" in err
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
-def prompts_file(path, count=12, **more):
-    """Rows of different lengths, half of them sampled, with fields of their own and some that are for nobody."""
-    rows = [
-        {
-            "id": f"q{i}",
-            "prompt": f"Prompt {i}" * (1 + i % 3),
-            "source": "made up",
-            "label": i,
-            "max_new_tokens": 20 - i % 12,
-        }
-        | ({"temperature": 1.0} if i % 2 else {})
-        | ({"path": [2, 1, 0, 1]} if i % 4 == 0 else {})
-        | more
-        for i in range(count)
-    ]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    return path
-
-
-def command(model, source, target, *more, policy="skip:1", new=6):
-    arguments = ["--model", model, "--policy", policy, "--max-new-tokens", new, "--input", source, "--output", target]
-    return ["generate", *map(str, arguments), *map(str, more)]
-
-
-def answers(path):
-    """Of each line of the input its answer, but for the time it took."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    for row in rows:
-        assert row.pop("seconds") > 0
-    found = {row["line"]: row for row in rows}
-    assert len(found) == len(rows)
-    return found
-
-
-def test_a_file_of_prompts(tiny, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import drllm_fast
-    from drllm_fast import Sampling
-
-    source, target = prompts_file(tmp_path / "in.jsonl.gz"), tmp_path / "out.jsonl"
-    result = call(*command(tiny, source, target, "--keep", "label", "--seed", 5, "--batch-size", 4))
-    assert result.exit_code == 0 and result.stdout == "", result.output
-    found = answers(target)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), AutoTokenizer.from_pretrained(tiny)
-    model.enable_dynamic_routing([1, 0, 1, 1])
-    whole = drllm_fast.generate(
-        model,
-        tokenizer,
-        [f"Prompt {i}" * (1 + i % 3) for i in range(12)],
-        sampling=[Sampling(max_new_tokens=20 - i, temperature=float(i % 2), seed=5 + i) for i in range(12)],
-        paths=[[2, 1, 0, 1] if i % 4 == 0 else [1, 0, 1, 1] for i in range(12)],
-    )
-    for i, answer in enumerate(whole):
-        assert found[i + 1] == {
-            "line": i + 1,
-            "id": f"q{i}",
-            "label": i,
-            "text": answer.text,
-            "tokens": answer.tokens,
-            "path": list(answer.path),
-            "visits": answer.visits,
-            "finish_reason": answer.finish_reason,
-            "prompt_tokens": answer.prompt_tokens,
-        }
-    words = " ".join(result.stderr.split())
-    tokens = sum(range(9, 21))
-    assert f"12 12 {tokens} " in words and "3.25 of 4 81.2 % 2" in words and f"The answers are in {target}" in words
-
-
-def test_answers_come_as_they_end_or_in_order(tiny, tmp_path):
-    source = prompts_file(tmp_path / "in.jsonl")
-    for name, more, order in (("out.jsonl", [], False), ("ordered.jsonl", ["--ordered"], True)):
-        assert call(*command(tiny, source, tmp_path / name, "--batch-size", 4, *more)).exit_code == 0
-        lines = [json.loads(line)["line"] for line in (tmp_path / name).read_text().splitlines()]
-        assert (lines == sorted(lines)) is order
-    assert answers(tmp_path / "out.jsonl") == answers(tmp_path / "ordered.jsonl")
-
-
-def test_a_run_that_was_killed_goes_on(tiny, tmp_path):
-    """SIGKILL while answers are written; then the same command, in the middle of whose first line it was."""
-    source = prompts_file(tmp_path / "in.jsonl", count=40)
-    target, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
-    code = (
-        "import time; from drllm_fast import cli; from drllm_fast.generation.prompt_files import AnswerFile as File\n"
-        "add = File.add\n"
-        "def slow(self, *a):\n"
-        "    add(self, *a); time.sleep(0.2)\n"
-        "    if len(self.done) == 5: print('five', flush=True)\n"
-        "File.add = slow; cli.main()"
-    )
-    process = start("-c", code, *command(tiny, source, target, "--batch-size", 4))
-    interrupted_at(process, "five\n", signal.SIGKILL, 0.1)
-    assert process.returncode == -signal.SIGKILL
-    early = answers(target)
-    assert 5 <= len(early) < 40
-    with target.open("a") as file:
-        file.write('{"line": 40, "id": "q39", "text": "cut sh')
-    result = call(*command(tiny, source, target, "--batch-size", 8))  # what runs together decides nothing
-    assert result.exit_code == 0 and f"{len(early)} of 40 prompts are answered" in " ".join(result.stderr.split())
-    assert call(*command(tiny, source, whole)).exit_code == 0
-    assert answers(target) == answers(whole) and len(answers(whole)) == 40
-    begin = target.read_bytes()
-    assert [json.loads(line)["line"] for line in begin.splitlines()[: len(early)]] == list(early)
-
-
-@pytest.fixture
-def interruptible():
-    """Also where the tests are a background job, which ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_an_interrupt_says_how_to_go_on(tiny, tmp_path, monkeypatch, interruptible):
-    """In the middle of writing an answer, which is written all the same."""
-    from drllm_fast.generation.prompt_files import AnswerFile
-
-    source, target = prompts_file(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
-    add = AnswerFile.add
-    with monkeypatch.context() as patch:
-
-        def interrupted(self, *arguments):
-            if len(self.done) == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-            add(self, *arguments)
-
-        patch.setattr(AnswerFile, "add", interrupted)
-        result = call(*command(tiny, source, target, "--batch-size", 2))
-    words = " ".join(result.stderr.split())
-    assert result.exit_code == 130 and "4 of 12 prompts are answered" in words and "run the same command" in words
-    assert len(answers(target)) == 4
-    assert call(*command(tiny, source, target)).exit_code == 0 and len(answers(target)) == 12
-
-
-def test_nothing_left_to_do_loads_no_model(tiny, tmp_path, monkeypatch):
-    source, target = prompts_file(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
-    assert call(*command(tiny, source, target)).exit_code == 0
-    before = target.read_bytes()
-    monkeypatch.setattr(cli_generate, "load_model", lambda *_: pytest.fail("loaded the model"))
-    result = call(*command(tiny, source, target))
-    assert result.exit_code == 0 and " 12 0 174 - " in " ".join(result.stderr.split()), result.output
-    assert target.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        (["--policy", "skip:2"], "policy is 'skip:1', not 'skip:2'"),
-        (["--max-new-tokens", "7"], "max_new_tokens is 6, not 7"),
-        (["--seed", "1"], "seed is 0, not 1"),
-        (["--top-k", "9"], "top_k is 0, not 9"),
-        (["--stop", "x"], "stop is [], not ['x']"),
-        (["--keep", "label"], "keep is [], not ['label']"),
-        (["--ordered"], "ordered is False, not True"),
-    ],
-)
-def test_answers_of_other_settings_stay(tiny, tmp_path, monkeypatch, more, words):
-    source, target = prompts_file(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
-    assert call(*command(tiny, source, target)).exit_code == 0
-    before = target.read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(cli_generate, "load_model", lambda *_: pytest.fail("loaded the model"))
-        refused(call(*command(tiny, source, target, *more)), "holds other answers", words, "--overwrite")
-    assert target.read_bytes() == before
-    assert call(*command(tiny, source, target, *more, "--overwrite")).exit_code == 0
-    assert len(answers(target)) == 12 and target.read_bytes() != before
-
-
-def test_answers_of_another_model_policy_or_input_stay(tiny, tmp_path):
-    from drllm_fast.influence import StaticPolicy
-
-    source, target = prompts_file(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
-    (tmp_path / "other").mkdir()
-    policy = tmp_path / "policy.json"
-    StaticPolicy([1, 2], num_layers=LAYERS, criterion="cka", budget=0.75).save(policy)
-    assert call(*command(tiny, source, target, policy=policy)).exit_code == 0
-    lines = target.read_text().splitlines(keepends=True)
-    target.write_text("".join(lines[:-1]))  # something is left to do
-    before = target.read_bytes()
-    other = tiny_folder(tmp_path / "other", seed=1)
-    refused(call(*command(other, source, target, policy=policy)), "model is", "Nothing was changed")
-    refused(
-        call(*command(tiny, source, target, "--dtype", "bfloat16", policy=policy)), "dtype is 'float32', not 'bfloat16'"
-    )
-    StaticPolicy([1, 3], num_layers=LAYERS, criterion="cka", budget=0.75).save(
-        policy
-    )  # skips as much, and other blocks at other budgets
-    refused(call(*command(tiny, source, target, policy=policy)), "policy_hash is")
-    StaticPolicy([1, 2], num_layers=LAYERS, criterion="cka", budget=0.75).save(policy)
-    prompts_file(source, count=13)
-    refused(call(*command(tiny, source, target, policy=policy)), "prompts is")
-    assert target.read_bytes() == before
-    prompts_file(source)
-    assert call(*command(tiny, source, target, policy=policy)).exit_code == 0 and len(answers(target)) == 12
-
-
-def test_a_row_that_cannot_be_answered_leaves_all_as_it_was(tiny, tmp_path):
-    """Those that only the model can refuse: the last row is looked at before the first is answered."""
-    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    for row, words in (
-        ({"tokens": [1, 9999]}, "token ids must be from 0 to 257"),
-        ({"prompt": "x" * 3000}, "leaves no room for an answer"),
-        ({"prompt": "Hi", "path": [1, 1]}, "4 layers"),
-        ({"prompt": "Hi", "budget": 0.5}, "keeps no budget"),
-        ({"messages": [{"role": "user", "content": "Hi"}]}, "no chat template"),
-        ({"messages": [{"role": "user"}]}, "a message has a role and a content"),
-    ):
-        source.write_text(json.dumps({"prompt": "fine"}) + "\n\n" + json.dumps(row) + "\n")
-        refused(call(*command(tiny, source, target)), f"{source}, line 3", words)
-        assert not target.exists() and not Path(f"{target}.meta.json").exists()
-
-
-def test_chats_in_a_file(chatty, tmp_path):
-    rows = [{"prompt": "Hello"}, {"messages": [{"role": "user", "content": "Hello"}]}]
-    source = tmp_path / "in.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for flag, tokens in (("--chat", [11, 11]), ("--no-chat", [5, 11])):
-        target = tmp_path / f"{flag}.jsonl"
-        assert call(*command(chatty, source, target, flag)).exit_code == 0
-        assert [row["prompt_tokens"] for _, row in sorted(answers(target).items())] == tokens
-        by_line = answers(target)
-        assert (by_line[1]["tokens"] == by_line[2]["tokens"]) is (flag == "--chat")
-
-
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        (["--prompt", "Hi"], ["--prompt does not go with --input"]),
-        (["--json"], ["--json does not go with --input"]),
-        (["--keep", "nothing"], ["line 1: there is no field 'nothing' to keep", "label"]),
-        (["--keep", "text"], ["'text' cannot be kept"]),
-        (["--top-p", "0"], ["top_p must be above 0"]),
-        (["--input", "nothere.jsonl"], ["nothere.jsonl"]),
-        (["--output", "out.txt"], ["ends in .jsonl"]),
-        (["--output", "in.jsonl"], ["is the file of the prompts"]),
-        (["--output", "folder.jsonl"], ["is a folder"]),
-        (["--output", "no/out.jsonl"], ["the folder no does not exist"]),
-    ],
-)
-def test_bad_options_with_files(tiny, tmp_path, monkeypatch, more, words):
-    monkeypatch.chdir(tmp_path)
-    source = prompts_file(Path("in.jsonl"))
-    Path("folder.jsonl").mkdir()
-    before = source.read_bytes()
-    refused(call(*command(tiny, source, "out.jsonl", *more)), *words)
-    assert source.read_bytes() == before and not Path("out.jsonl").exists()
 
 
 def test_options_that_need_a_file(tiny):

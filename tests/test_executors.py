@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -311,6 +312,17 @@ def test_a_lost_agent_ends_a_rank_without_an_error(store, monkeypatch, caplog):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not run_ranks(MakeFake({}), units(4), store).complete
     assert "agent is gone" in caplog.text
+
+
+def test_an_agent_that_is_gone_at_the_start_is_not_waited_for(store, monkeypatch):
+    monkeypatch.setattr(executors, "AGENT_ANSWERS", timedelta(seconds=0.5))
+    place = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in {**place, "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match="agent does not answer at 127.0.0.1"):
+        run_ranks(MakeFake({}), units(4), store)
+    assert time.monotonic() - began < 20 and not store.done()
 
 
 @pytest.mark.parametrize(("rank", "world", "message"), [("", "", "torchrun"), ("2", "2", "need 0 <= RANK")])

@@ -108,7 +108,7 @@ def _step_seconds(engine: Engine, pool: KVPool, path: list[int], rows: int, repe
 
 def kept(what: list[str], device: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `measure` returns, from the file where it was measured before, on this machine with this torch."""
-    about = [*what, _machine(device), str(torch.get_num_threads()), torch.__version__]
+    about = [*what, machine(device), str(torch.get_num_threads()), torch.__version__]
     folder = cache_dir() / "measured"
     file = folder / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]}.json"
     try:
@@ -125,7 +125,8 @@ def kept(what: list[str], device: str, measure: Callable[[], dict[str, Any]]) ->
     return measured
 
 
-def _machine(device: str) -> str:
+def machine(device: str) -> str:
+    """A name for the processor that measurements were made on."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()

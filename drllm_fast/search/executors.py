@@ -10,6 +10,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 from drllm_fast.search.store import Store
 from drllm_fast.search.work import (
@@ -25,6 +26,7 @@ from drllm_fast.search.work import (
 )
 
 log = logging.getLogger(__name__)
+AGENT_ANSWERS = timedelta(seconds=30)  # torchrun's agent, or it is gone
 
 
 def run_local(
@@ -120,8 +122,16 @@ def _agent_counter() -> Callable[[], int] | None:
         return None
     from torch.distributed import TCPStore
 
-    # The agent's store listens at this address; a client does not start one.
-    shared = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    # The agent's store listens at this address before a rank starts; a client does not start one. By default a rank
+    # whose agent has died since would call it for five minutes.
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        shared = TCPStore(host, port, is_master=False, timeout=AGENT_ANSWERS)
+    except RuntimeError as error:  # all of torch.distributed's errors are
+        raise ConnectionError(
+            f"the launcher's agent does not answer at {host}:{port}; it has ended, or its port cannot be reached from "
+            "this machine. Every finished unit is stored, the same command goes on"
+        ) from error
     name = f"drllm_fast/chunks/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     return lambda: shared.add(name, 1)
 
