@@ -10,7 +10,7 @@ answer has (at most --max-new-tokens), so that no row is faster for answers that
                  arrival, and sorted by length), the engine dense, with the shipped routers and with static masks
     order        the engine with small batches, rows joining by path or by arrival
     latency      one prompt at a time: time to the first token, and from one token to the next
-    memory       keys and values held; resident memory while --many prompts are answered
+    memory       keys and values held; resident memory while the routed engine answers --many prompts
 
 In each round all rows run in turn, forwards and backwards in alternation; the figures are medians over rounds of ratios
 taken within a round. `ideal` is what visits that cost nothing would leave: with s the share of the dense engine's time
@@ -226,7 +226,30 @@ def throughput(bench: Bench, rounds: Rounds, count: int, chosen: dict, hf_rounds
             f"| {row} | {paths} | {share:.3f} | {spread(over_hf)} | {spread(over_dense)} | {best_case:.3f} | "
             f"{spread(of_ideal)} |"
         )
+    picture(rounds, list(rows), rounds.file.with_name("throughput.png"))
     return lines
+
+
+def picture(rounds: Rounds, names: list[str], file: Path) -> None:
+    """Speed of each row over Hugging Face's by arrival: a point a round, and where the ideal is."""
+    from matplotlib.figure import Figure
+
+    hf, s = names[0], rounds.of("blocks", "share", "value")[0]
+    figure = Figure(figsize=(7, 0.45 * len(names) + 1), layout="constrained")
+    axes = figure.subplots()
+    for place, name in enumerate(names):
+        ratios = rounds.ratios("throughput", hf, name)
+        axes.barh(place, statistics.median(ratios), color="#bbbbbb" if name.startswith("Hugging") else "#4878a8")
+        axes.plot(ratios, [place] * len(ratios), "k.", markersize=4)
+        if not name.startswith("Hugging"):
+            dense = statistics.median(rounds.ratios("throughput", hf, "dense"))
+            best = dense * ideal(s, rounds.of("throughput", name, "share")[0])
+            axes.plot([best, best], [place - 0.4, place + 0.4], color="#c04020", linewidth=2)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("speed over Hugging Face, padded by arrival (dots: rounds; red: ideal on top of the dense engine)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120)
 
 
 def order(bench: Bench, rounds: Rounds, count: int, chosen: dict) -> list[str]:
@@ -340,49 +363,51 @@ def latency(bench: Bench, rounds: Rounds, count: int, chosen: dict) -> list[str]
 
 
 def memory(bench: Bench, rounds: Rounds, chosen: dict, many: int) -> list[str]:
-    def run(policy: Any, budget: float | None) -> dict:
+    def run(policy: Any, budget: float | None, many: int) -> dict:
         if policy is not None:
             bench.model.enable_dynamic_routing(policy, budget=budget)
-        resident, visits, cells, dense_cells = [], 0, 0, 0
+        resident, done, used, visited, dense = [], 0, 0, 0, 0
         began = time.perf_counter()
         try:
             with Engine(bench.model, bench.tokenizer, row_tokens=364) as engine:
+                four = Sampling(max_new_tokens=4, ignore_eos=True)
                 for i in range(many):
-                    engine.submit(bench.prompts[i % len(bench.prompts)], Sampling(max_new_tokens=4, ignore_eos=True))
-                done = 0
+                    engine.submit(bench.prompts[i % len(bench.prompts)], four)
                 while engine.busy:
-                    for delta in engine.step():
+                    deltas = engine.step()
+                    rows = [*engine.schedule.ready, *engine.schedule.running]
+                    used += engine.pool.used  # what the pool has given away, against what rows should have
+                    visited += sum(r.visits * r.capacity for r in rows)
+                    dense += bench.layers * sum(r.capacity for r in rows)
+                    for delta in deltas:
                         if delta.result is not None:
                             done += 1
-                            held = delta.result.prompt_tokens + len(delta.result.tokens) - 1
-                            cells += delta.result.kv_bytes
-                            dense_cells += bench.layers * held * engine.pool.bytes_per_token()
-                            visits += delta.result.visits
                             if done % (many // 8 or 1) == 0:
                                 resident.append(resident_bytes())
-                peak, rows, left = engine.stats.peak_kv_bytes, engine.stats.peak_rows, engine.pool.used
+                peak, most, left = engine.stats.peak_kv_bytes, engine.stats.peak_rows, engine.pool.used
         finally:
             if policy is not None:
                 bench.model.disable_dynamic_routing()
         return {
-            "seconds": time.perf_counter() - began,
-            "share": visits / (bench.layers * many), "held": cells / dense_cells,
-            "peak": peak, "rows": rows, "left": left, "early": resident[1], "late": resident[-1],
+            "seconds": time.perf_counter() - began, "prompts": many, "share": visited / dense, "held": used / dense,
+            "peak": peak, "rows": most, "left": left, "early": resident[1], "late": resident[-1],
         }  # fmt: skip
 
-    names = ("dense", "routers 0.8", "mask 0.8")
-    rounds.run("memory", 1, {name: (lambda name=name: run(*chosen[name])) for name in names})
+    few = len(bench.prompts)
+    numbers = {"routers 0.8": many, "dense": few, "mask 0.8": few}
+    rounds.run("memory", 1, {name: (lambda name=name, n=n: run(*chosen[name], n)) for name, n in numbers.items()})
     lines = [
-        f"{many} prompts, 4 new tokens each.",
+        "4 new tokens for each prompt. Held is what the pool had given away, a mean over steps. Resident memory is the "
+        "process's, after a quarter of the prompts and at the end.",
         "",
-        "| row | visits | bytes held, of dense | peak MB | rows then | left | resident GB after 1/4 | at the end |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| row | prompts | visits of dense | held of dense | peak MB | rows | left | resident GB, 1/4 | at the end |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for name in names:
+    for name in numbers:
         e = rounds.found["memory", 0, name]
         lines.append(
-            f"| {name} | {e['share']:.4f} | {e['held']:.4f} | {e['peak'] / 1e6:.1f} | {e['rows']} | {e['left']} | "
-            f"{e['early'] / 1e9:.3f} | {e['late'] / 1e9:.3f} |"
+            f"| {name} | {e['prompts']} | {e['share']:.4f} | {e['held']:.4f} | {e['peak'] / 1e6:.1f} | {e['rows']} | "
+            f"{e['left']} | {e['early'] / 1e9:.3f} | {e['late'] / 1e9:.3f} |"
         )
     return lines
 
