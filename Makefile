@@ -43,7 +43,7 @@ demo: install
 	$(BIN)/drllm-fast demo
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=30
 
 sanitize: install
 	$(BIN)/python -m tests.sanitize

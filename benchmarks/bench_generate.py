@@ -43,7 +43,7 @@ from drllm_fast.routers import LayerRouters
 from drllm_fast.smollm2 import NAME, load_smollm2
 
 BUDGETS = (1.0, 0.9, 0.8)
-HF_BATCHES = (16, 32, 64, 128)
+HF_BATCHES = (16, 32, 64)
 FILES = ("arc_easy.train", "gsm8k.train", "squad_v2.dev", "hellaswag.dev", "commonsense_qa.train")
 
 
@@ -174,14 +174,19 @@ def resident_bytes() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
-def throughput(bench: Bench, rounds: Rounds, count: int, chosen: dict, hf_rounds: int) -> list[str]:
+def best_batch(bench: Bench, rounds: Rounds) -> int:
+    """Of Hugging Face's `generate`, with the first 64 prompts."""
     sample = bench.prompts[:64]
-    if ("choose", 0, "batch") not in rounds.found:
-        tried = {b: bench.hugging_face(b, prompts=sample)[0] for b in HF_BATCHES if b <= len(sample)}
-        best = min(tried, key=tried.get)
-        rounds.run("choose", 1, {"batch": lambda: {"best": best, "tried": tried}})
-    best = int(rounds.of("choose", "batch", "best")[0])
 
+    def choose() -> dict:
+        tried = {b: bench.hugging_face(b, prompts=sample)[0] for b in HF_BATCHES if b <= len(sample)}
+        return {"best": min(tried, key=tried.get), "tried": tried}
+
+    rounds.run("choose", 1, {"batch": choose})
+    return int(rounds.of("choose", "batch", "best")[0])
+
+
+def throughput(bench: Bench, rounds: Rounds, count: int, chosen: dict, best: int, hf_rounds: int) -> list[str]:
     def engine_row(policy: Any, budget: float | None) -> Callable[[], dict]:
         def run() -> dict:
             seconds, results = bench.engine(policy, budget)
@@ -420,6 +425,7 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     hf_rounds: Annotated[int | None, typer.Option(min=1, help="Of Hugging Face's rows; default: all.")] = None,
+    hf_batch: Annotated[int | None, typer.Option(min=1, help="Hugging Face's batch size; default: the best.")] = None,
     many: Annotated[int, typer.Option(min=8, help="Prompts of the memory part.")] = 2000,
     parts: Annotated[str, typer.Option(help="Which parts, comma-separated.")] = "throughput,order,latency,memory",
 ) -> None:
@@ -433,7 +439,9 @@ def main(
     chosen = policies(bench)
     report = [f"{name}: {value}" for name, value in about.items()]
     makers = {
-        "throughput": lambda: throughput(bench, done, rounds, chosen, hf_rounds or rounds),
+        "throughput": lambda: throughput(
+            bench, done, rounds, chosen, hf_batch or best_batch(bench, done), hf_rounds or rounds
+        ),
         "order": lambda: order(bench, done, rounds, chosen),
         "latency": lambda: latency(bench, done, rounds, chosen),
         "memory": lambda: memory(bench, done, chosen, many),
