@@ -26,7 +26,7 @@ from drllm_fast.generation.graphs import GraphedBatch, GraphedSteps, wanted
 from drllm_fast.generation.kv_pool import KVPool, kv_bytes_per_token
 from drllm_fast.generation.memory import free_bytes
 from drllm_fast.generation.packed_weights import packable, packed
-from drllm_fast.generation.prompt_forward import EngineCache, read_prompts
+from drllm_fast.generation.prompt_forward import EngineCache, PromptForward, read_prompts
 from drllm_fast.generation.requests import Delta, Request, encode
 from drllm_fast.generation.sampling import Sampling, choose_tokens
 from drllm_fast.generation.schedule import Schedule, joint_policy
@@ -333,25 +333,13 @@ class Engine:
 
     def _read(self, group: list[Request]) -> list[Delta]:
         began = time.monotonic()
-        places = sum(request.bound * request.capacity for request in group)
-        start = self.pool.allocate(places)
-        try:
-            run, logits = read_prompts(
-                self.top, self._cache, self._owner, [r.prompt for r in group], self.num_layers, joint_policy(group),
-                self.device,
-            )  # fmt: skip
-            tokens = choose_tokens(logits, [r.sampling for r in group], [0] * len(group)).tolist()
-            at, visits = start, run.plan.sum(1).tolist()
-            starts = []
-            for request, count in zip(group, visits, strict=True):
-                starts.append(at)
-                at += count * request.capacity
-            place_prompts(run, self.pool, starts, [r.capacity for r in group])
-        except BaseException:
-            self.pool.release(start, places)
-            raise
-        if at < start + places:
-            self.pool.release(at, start + places - at)
+        run, logits = read_prompts(
+            self.top, self._cache, self._owner, [r.prompt for r in group], self.num_layers, joint_policy(group),
+            self.device,
+        )  # fmt: skip
+        tokens = choose_tokens(logits, [r.sampling for r in group], [0] * len(group)).tolist()
+        visits = run.plan.sum(1).tolist()
+        starts = self._place(run, visits, [r.capacity for r in group])
         # All have their spans before the first token is looked at, so that what fails there gives all of them back.
         now = time.monotonic()
         for request, path, count, place in zip(group, run.plan.tolist(), visits, starts, strict=True):
@@ -364,6 +352,25 @@ class Engine:
         self.stats.prompt_forwards += 1
         self._note_peaks()
         return [self._take(request, token) for request, token in zip(group, tokens, strict=True)]
+
+    def _place(self, run: PromptForward, visits: list[int], capacity: list[int]) -> list[int]:
+        """Where the spans of rows that were read begin; their keys and values are there.
+
+        There is room: the schedule saw a free span for as many visits as their paths may have. Each row takes the first
+        that holds it all the same, so that the pool is filled from its begin and its end is never touched in vain.
+        """
+        spans = [count * tokens for count, tokens in zip(visits, capacity, strict=True)]
+        starts: list[int] = []
+        try:
+            for span in spans:
+                starts.append(self.pool.allocate(span) if span else 0)
+            place_prompts(run, self.pool, starts, capacity)
+        except BaseException:
+            for start, span in zip(starts, spans, strict=False):
+                if span:
+                    self.pool.release(start, span)
+            raise
+        return starts
 
     def _decode(self) -> list[Delta]:
         rows = self.schedule.running
