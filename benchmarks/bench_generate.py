@@ -252,7 +252,7 @@ def picture(rounds: Rounds, names: list[str], file: Path) -> None:
             axes.plot([best, best], [place - 0.4, place + 0.4], color="#c04020", linewidth=2)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("speed over Hugging Face, padded by arrival (dots: rounds; red: ideal on top of the dense engine)")
+    axes.set_xlabel("times Hugging Face, padded by arrival; dots: rounds, red: ideal")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120)
 
