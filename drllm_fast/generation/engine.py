@@ -356,8 +356,8 @@ class Engine:
     def _place(self, run: PromptForward, visits: list[int], capacity: list[int]) -> list[int]:
         """Where the spans of rows that were read begin; their keys and values are there.
 
-        There is room: the schedule saw a free span for as many visits as their paths may have. Each row takes the first
-        that holds it all the same, so that the pool is filled from its begin and its end is never touched in vain.
+        There is room: the schedule saw a free span that takes them one after another with the most visits they may
+        have. Each takes the first place that holds it, so that no more of the pool is touched than rows need.
         """
         spans = [count * tokens for count, tokens in zip(visits, capacity, strict=True)]
         starts: list[int] = []
