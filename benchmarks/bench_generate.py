@@ -186,7 +186,9 @@ def best_batch(bench: Bench, rounds: Rounds) -> int:
     return int(rounds.of("choose", "batch", "best")[0])
 
 
-def throughput(bench: Bench, rounds: Rounds, count: int, chosen: dict, best: int, hf_rounds: int) -> list[str]:
+def throughput(
+    bench: Bench, rounds: Rounds, count: int, chosen: dict, best: int, hf_rounds: int, hf_sorted: bool
+) -> list[str]:
     def engine_row(policy: Any, budget: float | None) -> Callable[[], dict]:
         def run() -> dict:
             seconds, results = bench.engine(policy, budget)
@@ -204,7 +206,7 @@ def throughput(bench: Bench, rounds: Rounds, count: int, chosen: dict, best: int
 
     rows: dict[str, Callable[[], dict]] = {
         f"Hugging Face, batch {best}": hugging_face_row(False),
-        f"Hugging Face, batch {best}, sorted": hugging_face_row(True),
+        **({f"Hugging Face, batch {best}, sorted": hugging_face_row(True)} if hf_sorted else {}),
         **{name: engine_row(*policy) for name, policy in chosen.items()},
     }
     rounds.run("throughput", count, rows, fewer={name: hf_rounds for name in rows if name.startswith("Hugging")})
@@ -425,6 +427,7 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     hf_rounds: Annotated[int | None, typer.Option(min=1, help="Of Hugging Face's rows; default: all.")] = None,
+    hf_sorted: Annotated[bool, typer.Option(help="Hugging Face also with prompts sorted by length.")] = True,
     hf_batch: Annotated[int | None, typer.Option(min=1, help="Hugging Face's batch size; default: the best.")] = None,
     many: Annotated[int, typer.Option(min=8, help="Prompts of the memory part.")] = 2000,
     parts: Annotated[str, typer.Option(help="Which parts, comma-separated.")] = "throughput,order,latency,memory",
@@ -440,7 +443,7 @@ def main(
     report = [f"{name}: {value}" for name, value in about.items()]
     makers = {
         "throughput": lambda: throughput(
-            bench, done, rounds, chosen, hf_batch or best_batch(bench, done), hf_rounds or rounds
+            bench, done, rounds, chosen, hf_batch or best_batch(bench, done), hf_rounds or rounds, hf_sorted
         ),
         "order": lambda: order(bench, done, rounds, chosen),
         "latency": lambda: latency(bench, done, rounds, chosen),

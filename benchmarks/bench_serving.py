@@ -16,6 +16,7 @@ import asyncio
 import json
 import random
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -25,11 +26,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import httpx
 import psutil
 import typer
+
+from benchmarks.rounds import about_this_machine
 
 MODEL = "smollm2-135m-instruct"
 TOPICS = "the sea, bread, bicycles, winter, a lost key, tides, glass, moss, the number seven, trains".split(", ")
@@ -221,16 +225,31 @@ def main(
     budget: Annotated[float | None, typer.Option(help="Of the same.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Of the same.")] = 64,
     seed: Annotated[int, typer.Option(help="Of what clients do.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="File (.md) for the table, and what it was measured with.")
+    ] = None,
 ) -> None:
     """Stream from a server with many clients at once, and check that nothing is lost and nothing is left."""
-    if url is None:
+    does, own = (clients, seconds, tokens, leaving, rubbish, budgets, seed), url is None
+    if own:
         with own_server(policy, budget, max_batch, clients) as (url, pid):
-            measure(url, pid, model, None, clients, seconds, tokens, leaving, rubbish, budgets, seed)
+            report, wrong = measure(url, pid, model, None, *does)
     else:
-        measure(url, None, model, api_key, clients, seconds, tokens, leaving, rubbish, budgets, seed)
+        report, wrong = measure(url, None, model, api_key, *does)
+    print(report)
+    if output is not None:
+        about = {"server": url}  # the command may hold its key
+        if own:
+            command = shlex.join(["python", "-m", "benchmarks.bench_serving", *sys.argv[1:]])
+            about = {"command": command, **about_this_machine("cpu")}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("\n".join([*(f"{name}: {value}" for name, value in about.items()), "", report]) + "\n")
+    if wrong:
+        raise SystemExit(wrong)
 
 
-def measure(url, pid, model, api_key, clients, seconds, tokens, leaving, rubbish, budgets, seed) -> None:
+def measure(url, pid, model, api_key, clients, seconds, tokens, leaving, rubbish, budgets, seed) -> tuple[str, str]:
+    """The table, and what went wrong, if anything did."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     make = {"model": model, "tokens": tokens, "budgets": [float(b) for b in budgets.split(",") if b]}
     memory = [mib(pid)]
@@ -242,11 +261,10 @@ def measure(url, pid, model, api_key, clients, seconds, tokens, leaving, rubbish
     with httpx.Client(base_url=url, headers=headers, timeout=30) as http:
         left = left_over(http)
         healthy = http.get("/health").status_code == 200
-    print(table(seen, memory + later, took, clients))
-    for what in seen.wrong[:20]:
-        print(f"wrong: {what}")
-    if seen.wrong or any(left.values()) or not healthy or not seen.latency:
-        raise SystemExit(f"{len(seen.wrong)} wrong answers; left over: {left}; healthy: {healthy}")
+    report = table(seen, memory + later, took, clients)
+    report += f"\n\n{len(seen.wrong)} wrong answers; left over: {left}; healthy: {healthy}"
+    sound = not seen.wrong and not any(left.values()) and healthy and seen.latency
+    return report, "" if sound else "\n".join(["the crowd was not served as it should be", *seen.wrong[:20]])
 
 
 def table(seen: Seen, memory: list[float | None], took: float, clients: int) -> str:

@@ -18,7 +18,7 @@ import typer
 from drllm_fast.cli_calibrate import calibrate
 from drllm_fast.cli_eval import evaluate
 from drllm_fast.cli_generate import generate
-from drllm_fast.cli_models import Dtype, find_device
+from drllm_fast.cli_models import Dtype, bfloat16_units, find_device
 from drllm_fast.cli_order import order
 from drllm_fast.cli_outputs import check_plot
 from drllm_fast.cli_policies import Criterion, check_budget
@@ -104,7 +104,9 @@ def demo(
     output: Annotated[Path, typer.Option(help="Heat map to write: .png, .svg or .pdf.")] = Path("drllm-demo.png"),
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds, after one to warm up.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="auto is bfloat16.")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto is bfloat16 where the device has units for it, else float32.")
+    ] = Dtype.auto,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of torch; greedy answers do not depend on it.")] = 0,
 ) -> None:
@@ -117,6 +119,9 @@ def demo(
 
     if threads:
         torch.set_num_threads(threads)
+    where = find_device(device)
+    if dtype is Dtype.auto:
+        dtype = Dtype.bfloat16 if bfloat16_units(where) else Dtype.float32
     run_demo(
         budget=budget,
         criterion=criterion.value,
@@ -124,8 +129,8 @@ def demo(
         output=output,
         rounds=rounds,
         seed=seed,
-        device=find_device(device),
-        dtype=torch.bfloat16 if dtype is Dtype.auto else getattr(torch, dtype.value),
+        device=where,
+        dtype=getattr(torch, dtype.value),
     )
 
 

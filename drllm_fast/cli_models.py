@@ -79,6 +79,16 @@ def load_model(name: str, dtype: Dtype, device: str) -> tuple[Any, Any]:
     return model.to(device).eval(), tokenizer
 
 
+def bfloat16_units(device: str) -> bool:
+    """Whether a device computes in bfloat16; others emulate it, a CPU at a fraction of float32's speed."""
+    import torch
+
+    if device != "cpu":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.10
+    return any("bf16" in name and there is True for name, there in capabilities.items())
+
+
 def find_device(name: str) -> str:
     """The device to run on. ValueError for one that is not there."""
     import torch

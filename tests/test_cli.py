@@ -49,15 +49,35 @@ def test_info():
 # -- the demo, on the real model ---------------------------------------------------------------------------------------
 def test_demo(tmp_path):
     path = tmp_path / "demo.png"
-    # In bfloat16, the default, processors without units for it take minutes.
-    options = ["--dtype", "float32", "--max-new-tokens", 3, "--rounds", 1, "--threads", 1]
-    result = call("demo", *options, "--output", path)
+    result = call("demo", "--max-new-tokens", 3, "--rounds", 1, "--threads", 1, "--output", path)
     assert result.exit_code == 0, result.output
     assert path.read_bytes().startswith(b"\x89PNG")
     out = result.stdout
     for word in ("capital", "question", " of 30", "KV cache", "tok/s", "static path", "routed paths", "all blocks"):
         assert word in out, word
     assert "skips" in out and "static path against all blocks: " in out
+
+
+@pytest.mark.parametrize(
+    ("units", "asked", "taken"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, "auto", torch.bfloat16),
+        ({"avx512_bf16": False, "avx2": True, "cpu_name": "bf16"}, "auto", torch.float32),
+        ({"avx512_bf16": False}, "bfloat16", torch.bfloat16),
+        (None, "auto", torch.float32),  # a torch that does not say
+    ],
+)
+def test_the_demo_takes_bfloat16_where_there_are_units_for_it(monkeypatch, units, asked, taken):
+    from drllm_fast import demo
+
+    if units is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+    given = []
+    monkeypatch.setattr(demo, "run_demo", lambda **options: given.append(options["dtype"]))
+    assert call("demo", "--dtype", asked).exit_code == 0
+    assert given == [taken]
 
 
 def test_bundled_routers_are_known_by_name():

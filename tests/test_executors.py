@@ -392,6 +392,7 @@ def run_ray(cluster):
     return run_ray
 
 
+@pytest.mark.parametrize("store", ["sqlite"], indirect=True)  # Ray takes its time
 def test_ray_gives_up_a_deadly_unit_and_goes_on(run_ray, store, tmp_path):
     """Its worker dies three times, whatever it shared a chunk with; another unit raises."""
     make = MakeFake({"deadly": ["00005"], "bad": ["00009"], "silent": ["00010"], "journal": str(tmp_path / "journal")})
@@ -418,6 +419,7 @@ def test_ray_stops_when_a_worker_cannot_be_made(run_ray, tmp_path):
             run_ray(make, units(2), store, workers=0)
 
 
+@pytest.mark.parametrize("store", ["sqlite"], indirect=True)  # Ray takes its time
 def test_ray_interrupted(run_ray, store):
     class Interrupting(Count):
         def advance(self, result):
