@@ -64,6 +64,8 @@ class RoutedForward:
         self.plan = (
             cache.plan if policy is None else torch.zeros(packed.batch, num_layers, dtype=torch.int8, device="cpu")
         )
+        self._plan = None if policy is None else self.plan.numpy()  # the same memory
+        self._heads: dict[torch.device, tuple[Tensor | None, Tensor, Tensor | None]] = {}
         self.schedule = cache.schedule if policy is None else [((), ())] * num_layers
         self.visit: Visit | None = None
         self._latest = -1  # the layer that ran last
@@ -107,29 +109,34 @@ class RoutedForward:
         return hidden
 
     def _decide(self, layer: int, hidden: Tensor) -> None:
-        index, cu_seqlens = self.packed.heads(self.prompt_lengths, hidden.device)
-        ids = self.input_ids
-        prompts = PromptBatch(
-            hidden[0] if index is None else hidden[0].index_select(0, index),
-            cu_seqlens,
-            ids if index is None or ids is None else ids.index_select(0, index.to(ids.device)),
-            self.memory,
-        )
-        rows, layers = self.plan.shape
+        # Once a block, when the block before it has emptied the caches: a call into torch takes some 20 µs here.
+        device = hidden.device
+        if device not in self._heads:
+            self._heads[device] = self._prompt_parts(device)
+        index, cu_seqlens, ids = self._heads[device]
+        hidden = hidden.squeeze(0) if index is None else hidden[0].index_select(0, index)
+        rows, layers = self.packed.batch, len(self.schedule)
+        prompts = PromptBatch(hidden, cu_seqlens, ids, self.memory)
         decisions = check_decisions(self.policy.route(layer, prompts), rows, layers, layer)
-        if decisions.ndim == 2:
+        if isinstance(decisions, Tensor):
             self.plan[:, layer:] = decisions[:, layer:]
             self.policy = None
             columns = self.plan[:, layer:].T.tolist()
         else:
-            self.plan[:, layer] = decisions
-            columns = [decisions.tolist()]
+            self._plan[:, layer] = decisions
+            columns = [decisions]
         decided = range(layer, layer + len(columns))
         for at, column in zip(decided, columns, strict=True):
             once = tuple(r for r, d in enumerate(column) if d >= 1)
             self.schedule[at] = (once, tuple(r for r in once if column[r] == 2))
-        if hidden.device.type != "cpu":
+        if device.type != "cpu":
             self._announce(decided)
+
+    def _prompt_parts(self, device: torch.device) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """For the policy: where the prompts' tokens lie (None: all are), their cu_seqlens, and their ids."""
+        index, cu_seqlens = self.packed.heads(self.prompt_lengths, device)
+        ids = self.input_ids
+        return index, cu_seqlens, ids if index is None or ids is None else ids.index_select(0, index.to(ids.device))
 
     def _announce(self, layers: range) -> None:
         """What the visits of these layers will ask of `Tables`, so that one copy takes all of it to the device."""

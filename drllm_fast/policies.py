@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from drllm_fast.router_reference import REPEAT, SKIP
 
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+
 
 @dataclass(frozen=True)
 class PromptBatch:
@@ -100,26 +102,26 @@ def check_length(plan: Tensor, num_layers: int) -> None:
         )
 
 
-def check_decisions(decisions: object, rows: int, num_layers: int, layer: int) -> Tensor:
-    """What a policy returned, as int8 [B] or [B, L] on the CPU. TypeError / ValueError name the policy's mistake."""
+def check_decisions(decisions: object, rows: int, num_layers: int, layer: int) -> list[int] | Tensor:
+    """What a policy returned: the decisions of each row, or whole paths, int8 [B, L] on the CPU. TypeError / ValueError
+    name the policy's mistake."""
     where = f"the policy's answer at layer {layer}"
     if not isinstance(decisions, Tensor):
         raise TypeError(f"{where} is {type(decisions).__name__}; route() returns an integer tensor [B] or [B, L]")
-    if decisions.is_floating_point() or decisions.is_complex() or decisions.dtype == torch.bool:
+    if decisions.dtype not in INTEGERS:
         raise TypeError(f"{where} is {decisions.dtype}; route() returns integers")
     if decisions.shape not in ((rows,), (rows, num_layers)):
         raise ValueError(
             f"{where} has shape {tuple(decisions.shape)}; for this batch it must be ({rows},), or ({rows}, "
             f"{num_layers}) to fix whole paths"
         )
-    decisions = decisions.cpu()
-    # Once a block: for a few rows a list is faster than two reductions.
-    values = decisions.tolist() if decisions.ndim == 1 else [int(end) for end in decisions.aminmax()] if rows else []
+    column = decisions.ndim == 1
+    values = decisions.tolist() if column else [int(end) for end in decisions.aminmax()] if rows else []
     if values and (min(values) < SKIP or max(values) > REPEAT):
         raise ValueError(
             f"{where} has values from {min(values)} to {max(values)}; allowed are 0 skip, 1 execute, 2 repeat"
         )
-    return decisions.to(torch.int8)
+    return values if column else decisions.to("cpu", torch.int8)
 
 
 def as_policy(policy: object) -> RoutingPolicy:

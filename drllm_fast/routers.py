@@ -26,6 +26,7 @@ from drllm_fast.guard import Guard, row_means
 from drllm_fast.policies import PromptBatch
 from drllm_fast.router_reference import CLASSES, EXECUTE, REPEAT, SKIP, decide
 
+FREE = (0.0, 0.0, 0.0)  # costs of the classes
 PURE_ROUTER = -0.5  # the knob's position at which the routers alone decide
 
 # What the knob blends, by position. Between two neighbours the probabilities are mixed linearly.
@@ -60,7 +61,7 @@ def _anchor(logits: Tensor, one_class: int | None) -> Tensor:
 
 def _check_finite(logits: Tensor, layer: int) -> None:
     # No NaN or infinity of a window gets lost on the way to the logits: 0 * inf and gelu(-inf) are NaN.
-    if not math.isfinite(logits.sum().item()):
+    if not math.isfinite(sum(map(sum, logits.tolist()))):
         rows = [row for row, fine in enumerate(logits.isfinite().all(dim=1).tolist()) if not fine]
         raise ValueError(
             f"layer {layer}: the hidden states of rows {rows[:8]} are not finite, or overflow in the router; look "
@@ -306,13 +307,11 @@ class LayerRouters(
         Differentiable. Raises ValueError for a layer there is not, for hidden states of another size, and
         for values that are not finite, naming layer and rows.
         """
-        logits, _ = self._decide(layer, prompts, None)
+        logits, _ = self._decide(layer, prompts, FREE)
         _check_finite(logits, layer)
         return logits
 
-    def _decide(
-        self, layer: int, prompts: PromptBatch, costs: tuple[float, float, float] | None
-    ) -> tuple[Tensor, Tensor]:
+    def _decide(self, layer: int, prompts: PromptBatch, costs: tuple[float, float, float]) -> tuple[Tensor, Tensor]:
         """Logits less the costs, and decisions."""
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer must be from 0 to {self.num_layers - 1}, got {layer}")
@@ -327,22 +326,27 @@ class LayerRouters(
         w1, b1, w2, b2 = (p[layer] for p in self._parameters.values())
         if w1.device != hidden.device:
             w1, b1, w2, b2 = (w.to(hidden.device) for w in (w1, b1, w2, b2))
-        cost = torch.zeros_like(b2) if costs is None else self._on_device(costs, b2.device)
+        cost = self._on_device(costs, b2.device)
         if cu_seqlens.dtype != torch.int32 or hidden.dtype == torch.float64:
             return ops.router(hidden, cu_seqlens, w1, b1, w2, b2, windows=self.windows, cost=cost)
-        return torch.ops.drllm_fast.router(hidden, cu_seqlens, w1, b1, w2, b2, cost, self.windows)
+        return torch.ops.drllm_fast.router.default(hidden, cu_seqlens, w1, b1, w2, b2, cost, self.windows)
 
     def _on_device(self, costs: tuple[float, float, float], device: torch.device) -> Tensor:
         known = self._cost  # another thread may replace it
         if known is None or known[:2] != (costs, device):
-            known = self._cost = costs, device, torch.tensor(costs, dtype=torch.float32, device=device)
+            with torch.inference_mode(False):  # `logits` may be differentiated with it
+                known = self._cost = costs, device, torch.tensor(costs, dtype=torch.float32, device=device)
         return known[2]
 
-    @torch.inference_mode()
     def route(self, layer: int, prompts: PromptBatch) -> Tensor:
         """int8 [B] on the CPU, for each prompt whether block `layer` is skipped (0), executed (1) or repeated (2)."""
-        costs = self.costs
-        logits, decisions = self._decide(layer, prompts, costs if any(costs) else None)
+        if torch.is_inference_mode_enabled():
+            return self._route(layer, prompts)
+        with torch.inference_mode():
+            return self._route(layer, prompts)
+
+    def _route(self, layer: int, prompts: PromptBatch) -> Tensor:
+        logits, decisions = self._decide(layer, prompts, self.costs)
         elsewhere = not logits.is_cpu
         if elsewhere:  # one copy, for each waits for the device; the decisions follow from it
             logits = logits.cpu()

@@ -159,6 +159,14 @@ def test_route_keeps_no_graph(monkeypatch):
     assert modes == [False]
 
 
+def test_logits_are_differentiable_after_decisions():
+    """Decisions are made in inference mode; what they leave behind serves gradients, too."""
+    routers = made()
+    routers.route(1, batch())
+    routers.logits(1, batch()).sum().backward()
+    assert routers.w1.grad[1].any() and not routers.w1.grad[0].any()
+
+
 def test_the_routers_follow_layer_0_to_its_device():
     # The meta device stands in for an accelerator, as far as it goes: to reading the logits.
     routers = made()
