@@ -3,8 +3,9 @@
     python -m benchmarks.bench_generate --data FOLDER --output benchmarks/results/generate
 
 Prompts: questions and passages of FOLDER, or pieces of the bundled text without it, of 10 to 300 tokens, in an order
-that is drawn once. Every row makes the same work: of each prompt as many tokens as the dense model's own
-answer has (at most --max-new-tokens), so that no row is faster for answers that end sooner.
+that is drawn once. Every row of the engine makes the same work: of each prompt as many tokens as the dense model's own
+answer has (at most --max-new-tokens), so that no row is faster for answers that end sooner. Hugging Face's answers end
+where they end; `tokens` in the rounds says how many they had.
 
     throughput   prompts answered in one call: Hugging Face's `generate` padded on the left at its best batch size (by
                  arrival, and sorted by length), the engine dense, with the shipped routers and with static masks
@@ -80,7 +81,7 @@ class Bench:
         self.model, self.tokenizer = load_smollm2(dtype)
         self.prompts = load_prompts(self.tokenizer, data, prompts)
         self.layers = self.model.config.num_hidden_layers
-        self.new, self.lengths = max_new_tokens, [max_new_tokens] * prompts
+        self.new = max_new_tokens
         dense = self.engine()[1]
         self.lengths = [max(1, len(r.tokens)) for r in dense]
         self.samplings = [Sampling(max_new_tokens=n, ignore_eos=True) for n in self.lengths]

@@ -112,7 +112,7 @@ def generate(
         answer_file(
             load, input_file, output, sampling, keep=keep or [], ordered=ordered, overwrite=overwrite,
             batch_size=batch_size, made_of={"policy": policy, "budget": budget, "chat": chat},
-            notes={"model": model, "device": device},
+            notes={"model": model, "dtype": dtype.value, "device": device},
         )  # fmt: skip
         return
     answers, stats = _run(*load(), prompts, batch_size, sampling)
@@ -138,7 +138,7 @@ def _refuse(options: dict[str, Any], why: str) -> None:
 
 def _read_prompts(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines knows other ends of lines
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts-file {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     prompts = [line for line in lines if line.strip()]

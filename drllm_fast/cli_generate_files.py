@@ -36,11 +36,12 @@ def answer_file(
 ) -> None:
     """Answer the prompts that have no answer in `output` yet.
 
-    load      makes the routed model, its tokenizer, and whether texts are chats; called if something is left to do
+    load      makes the routed model, its tokenizer, and whether texts are chats; called if something is left to do, or
+              if the notes are not those of the answers that are there
     sampling  of what the rows do not say
-    made_of   what else decides the answers; notes: what is kept beside it and does not
+    made_of   what else decides the answers; notes: by what names
 
-    KeyboardInterrupt says how to go on; every answer that ended is in the file by then.
+    KeyboardInterrupt says how to go on; of the answers that ended, those that the last step ended may be missing.
     """
     rows, said = read_rows(prompts, sampling, keep)
     if output.exists() and output.samefile(prompts):
@@ -53,10 +54,12 @@ def answer_file(
         found = len(answers.done)
         left = [row for row in rows if row.line not in answers.done]
         seconds = made = 0
-        if left:
+        if left or not answers.notes.items() >= notes.items():
             model, tokenizer, chat = load()
             tokens = encode_rows(model, tokenizer, rows, chat=chat)
             made_of |= _identity(model) | {"prompt_tokens": hash_tokens(tokens)}
+            answers.compare(made_of)
+        if left:
             answers.begin(made_of, notes)
             if found:
                 console.print(f"{found} of {len(rows)} prompts are answered in {output} already", highlight=False)

@@ -98,7 +98,7 @@ def test_paths_differ_in_what_they_say(tiny):
 
 def test_prompts_from_a_file_in_batches(tiny, tmp_path):
     path = tmp_path / "prompts.txt"
-    texts = ["one", "number two", "the third", "4", "fünf"]
+    texts = ["one", "number two", "the\u2028third\x0c", "4", "fünf"]
     path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     options = ("--model", tiny, "--policy", "skip:1", "--max-new-tokens", 6, "--json")
     out = as_json(call("generate", *options, "--prompt", "zero", "--prompts-file", path, "--batch-size", 4))

@@ -185,10 +185,12 @@ def test_answers_of_another_model_policy_or_input_stay(tiny, tmp_path):
     policy = tmp_path / "policy.json"
     StaticPolicy([1, 2], num_layers=LAYERS, criterion="cka", budget=0.75).save(policy)
     assert call(*file_command(tiny, source, target, policy=policy)).exit_code == 0
+    other = tiny_folder(tmp_path / "other", seed=1)
+    refused(call(*file_command(other, source, target, policy=policy)), "model is", "Nothing was changed")
+    refused(call(*file_command(tiny, source, target, "--dtype", "bfloat16", policy=policy)), "dtype is 'float32'")
     lines = target.read_text().splitlines(keepends=True)
     target.write_text("".join(lines[:-1]))  # something is left to do
     before = target.read_bytes()
-    other = tiny_folder(tmp_path / "other", seed=1)
     refused(call(*file_command(other, source, target, policy=policy)), "model is", "Nothing was changed")
     refused(
         call(*file_command(tiny, source, target, "--dtype", "bfloat16", policy=policy)),

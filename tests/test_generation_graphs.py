@@ -36,14 +36,14 @@ class Replays(GraphedSteps):
         return replay
 
 
-def engine_with(model, keep=True, limit=32, **options):
+def engine_with(model, keep=True, limit=32, required=False, **options):
     """An engine whose steps are replayed. keep: whatever is measured."""
 
     class Graphed(Engine):
         def __enter__(self):
             super().__enter__()
             parts = self._owner, self.pool, self.top, self._cache, self.device
-            self._steps = self.replays = Replays(*parts, limit=limit)
+            self._steps = self.replays = Replays(*parts, limit=limit, required=required)
             if keep:
                 note = self._steps.note
                 self._steps.note = lambda key, replayed, seconds: None if replayed else note(key, replayed, seconds)
@@ -117,8 +117,9 @@ def test_few_graphs_are_kept():
         assert max(engine.replays.captures.values()) == 2  # each went, and came back
 
 
-@pytest.mark.parametrize("slower", [True, False])
-def test_a_graph_that_is_no_faster_is_given_up(slower, monkeypatch):
+@pytest.mark.parametrize("slower, required", [(True, False), (False, False), (True, True)])
+def test_a_graph_that_is_no_faster_is_given_up(slower, required, monkeypatch):
+    """Unless graphs are asked for."""
     clock = iter(range(10**6))
     now = [0.0]
 
@@ -131,15 +132,16 @@ def test_a_graph_that_is_no_faster_is_given_up(slower, monkeypatch):
 
     model = tiny("llama")
     row = prompts([4])[0].tolist()
-    with engine_with(model, keep=False, max_batch=1, lookahead=0, kv_tokens=900) as engine:
+    with engine_with(model, keep=False, required=required, max_batch=1, lookahead=0, kv_tokens=900) as engine:
         replays = engine.replays
         monkeypatch.setattr(graphs_module.time, "perf_counter", perf_counter)
         engine.submit(row, Sampling(40, ignore_eos=True))
         while engine.busy:
             engine.step()
         monkeypatch.undo()
-        assert replays.count == (TRIALS if slower else 39 - SEEN)
-        assert len(replays.slower) == slower and len(replays.graphs) == (not slower)
+        given_up = slower and not required
+        assert replays.count == (TRIALS if given_up else 39 - SEEN)
+        assert len(replays.slower) == given_up and len(replays.graphs) == (not given_up)
 
 
 def test_what_cannot_be_captured_runs_as_it_is(caplog):

@@ -157,3 +157,49 @@ def test_an_engine_is_entered_once_at_a_time(llama):
     with engine:
         request = engine.submit([5])
     assert request.finish_reason == "cancelled" and not engine.busy
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_streams_of_one_model_in_turn(on):
+    """Each answers as alone; the first to end does not end the other's routing or evaluation mode."""
+    model = tiny("llama")
+    model.model.layers[1].train()
+    if on:
+        model.enable_dynamic_routing(ByContent())
+    before = state(model)
+    alone = [generate(model, Letters(), rows, max_new_tokens=new) for rows, new in ((ROWS[:1], 2), (ROWS, 6))]
+    short, long = (
+        generate(model, Letters(), rows, max_new_tokens=new, stream="finished")
+        for rows, new in ((ROWS[:1], 2), (ROWS, 6))
+    )
+    first = next(long)
+    assert [r.tokens for r in short] == [r.tokens for r in alone[0]]
+    assert not any(m.training for m in model.modules())
+    rest = sorted([first, *long], key=lambda r: r.index)
+    assert [(r.path, r.tokens) for r in rest] == [(r.path, r.tokens) for r in alone[1]]
+    assert_same(before, state(model))
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_routing_that_is_switched_under_an_engine_is_an_error(on):
+    model = tiny("llama")
+    if on:
+        model.enable_dynamic_routing(ByContent())
+    answers = generate(model, Letters(), ROWS, max_new_tokens=6, stream="tokens", max_batch=2, lookahead=0)
+    next(answers)
+    model.disable_dynamic_routing()
+    with pytest.raises(RuntimeError, match="switched while prompts are answered"):
+        list(answers)
+    plain = state(tiny("llama"))
+    assert state(model)[0] == plain[0] and state(model)[3:] == plain[3:]
+    assert [len(r.tokens) for r in generate(model, Letters(), ROWS, max_new_tokens=2)] == [2] * len(ROWS)
+
+
+def test_a_stream_takes_the_path_of_the_block_it_was_called_in(llama):
+    with routed(llama, ByContent()):
+        with llama.routing.using([0, 1, 1, 1]):
+            inside = generate(llama, Letters(), ROWS, max_new_tokens=2, stream="ordered")
+        outside = generate(llama, Letters(), iter(ROWS), max_new_tokens=2, stream="ordered")
+        with llama.routing.disabled():
+            assert {r.path for r in inside} == {(0, 1, 1, 1)}
+            assert {r.path for r in outside} == {tuple(ByContent().path(row)) for row in ROWS}

@@ -234,6 +234,17 @@ def test_long_bodies_are_not_parsed(server, monkeypatch):
     endless.close()
 
 
+@pytest.mark.parametrize("limit", [50_000, 200_000])
+def test_a_body_within_the_limit_is_read_whole(limit, monkeypatch):
+    from drllm_fast.serving import app
+
+    monkeypatch.setattr(app, "DROPPED_BYTES", 100_000)
+    sent = 40_000 if limit < 100_000 else 190_000
+    with served(max_body_bytes=limit) as server:
+        said = refused(server.client.post("/v1/completions", content=b'{"colour":"' + b"x" * sent + b'"}'), 400)
+        assert "JSON" not in said["message"], said
+
+
 def test_raw_garbage_on_the_socket(server):
     for garbage in (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20, b"GET\r\n\r\n", b"\xff" * 5000 + b"\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", server.socket.getsockname()[1]), timeout=10) as raw:
@@ -278,7 +289,8 @@ def test_models_health_and_docs(server):
     assert listed["object"] == "list" and [m["id"] for m in listed["data"]] == [NAME]
     assert server.client.get("/health").json() == {"status": "ok"}
     schema = server.client.get("/openapi.json").json()["paths"]["/v1/chat/completions"]["post"]["requestBody"]
-    assert "budget" in json.dumps(schema)
+    assert "budget" in json.dumps(schema) and "developer" in json.dumps(schema)
+    assert "$ref" not in json.dumps(server.client.get("/openapi.json").json())
 
 
 def test_metrics(server):

@@ -75,6 +75,13 @@ def test_what_cannot_be_honoured_is_refused_unless_it_changes_nothing(name):
         refused(completion, name, "not supported", **{name: value})
 
 
+def test_zero_is_not_false_and_true_is_not_one():
+    """For logprobs, 0 asks for those of the tokens that were chosen."""
+    refused(completion, "logprobs", "not supported", logprobs=0)
+    refused(chat, "n", "not supported", n=True)
+    chat(presence_penalty=0.0, n=1, logprobs=False)
+
+
 @pytest.mark.parametrize("name", HARMLESS)
 def test_what_says_nothing_about_the_answer_is_passed_over(name):
     assert chat(**{name: "whatever"}).for_engine() == HELLO
@@ -193,3 +200,4 @@ def test_settings():
         ServerSettings(model="m", timeout=0)
     with pytest.raises(ValueError, match="empty"):
         ServerSettings(model="m", api_key=" ")
+    assert ServerSettings(model="m", api_key=" key\n").api_key == "key"  # as a file may have it

@@ -84,7 +84,8 @@ class Engine:
     order              "paths": rows that are ready join the batch that runs what they run; "arrival": as they came
 
     Used inside `with engine:`, where the model is routed and in evaluation mode; it is left as it was. One thread
-    alone calls its methods. Raises what `enable_dynamic_routing` raises, TypeError or ValueError.
+    alone calls its methods, and those of other engines on this model. Raises what `enable_dynamic_routing` raises,
+    TypeError or ValueError.
     """
 
     def __init__(
@@ -154,8 +155,7 @@ class Engine:
         if self._around is not None:
             raise RuntimeError("this engine is running already")
         with ExitStack() as around:
-            around.enter_context(self._routed())
-            around.enter_context(evaluating(self.top))
+            around.enter_context(in_use(self.top, self.decoder))
             self._owner = self.decoder._drllm_routing
             self._cache = EngineCache(self.decoder.config)
             self._packed = False
@@ -201,16 +201,14 @@ class Engine:
         self.pool.keys = self.pool.values = None  # the model may have another dtype or device next time
         around.close()
 
-    @contextmanager
-    def _routed(self) -> Iterator[None]:
-        own = not hasattr(self.decoder, "_drllm_routing")
-        if own:
-            enable_dynamic_routing(self.top, [1] * self.num_layers)
-        try:
-            yield
-        finally:
-            if own:
-                disable_dynamic_routing(self.top)
+    def _check_entered(self) -> None:
+        if self._around is None:
+            raise RuntimeError("use the engine inside `with engine:`")
+        if getattr(self.decoder, "_drllm_routing", None) is not self._owner:
+            raise RuntimeError(
+                "dynamic routing of this model was switched while prompts are answered; end the engine, or the "
+                "iterator that generate returned, before that"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -248,8 +246,7 @@ class Engine:
         return self._request(prompt, sampling, budget, path).prompt
 
     def _request(self, prompt: Any, sampling: Sampling, budget: float | None, path: Sequence[int] | None) -> Request:
-        if self._around is None:
-            raise RuntimeError("use the engine inside `with engine:`")
+        self._check_entered()
         if not isinstance(sampling, Sampling):
             raise TypeError(f"sampling must be a Sampling, got {type(sampling).__name__}")
         ids = encode(self.tokenizer, prompt)
@@ -279,7 +276,6 @@ class Engine:
 
     def _policy(self, budget: float | None, path: Sequence[int] | None) -> tuple[Any, int]:
         """What chooses the path, and how many visits it has at most."""
-        routing = self.decoder._drllm_routing
         if path is not None:
             if budget is not None:
                 raise ValueError("give a budget or a path, not both")
@@ -288,10 +284,10 @@ class Engine:
             if given.plan.ndim != 1:
                 raise ValueError(f"the path of one prompt is {self.num_layers} integers, got {list(given.plan.shape)}")
             return given, max(1, int(given.plan.sum()))
-        settings = current(routing)
+        settings = current(self._owner)
         if settings.disabled:
             return self._dense, self.num_layers
-        policy, bound = settings.plan or routing.policy, 2 * self.num_layers
+        policy, bound = settings.plan or self._owner.policy, 2 * self.num_layers
         if isinstance(policy, GivenPlan):
             if policy.plan.ndim != 1 and len(policy.plan) != 1:
                 raise ValueError(
@@ -316,8 +312,7 @@ class Engine:
 
         What the model or a policy raises ends the rows of that forward (finish_reason "error") and is raised.
         """
-        if self._around is None:
-            raise RuntimeError("use the engine inside `with engine:`")
+        self._check_entered()
         self.pack()
         with torch.inference_mode():
             group = self.schedule.prompts(self.pool.largest)
@@ -432,3 +427,30 @@ class Engine:
         held = sum(r.visits * r.held for r in rows) * self.pool.bytes_per_token()
         self.stats.peak_rows = max(self.stats.peak_rows, len(rows))
         self.stats.peak_kv_bytes = max(self.stats.peak_kv_bytes, held)
+
+
+@contextmanager
+def in_use(top: nn.Module, decoder: nn.Module) -> Iterator[None]:
+    """A model that is routed and in evaluation mode, for all engines that run on it at a time: the last one leaves it
+    as the first found it."""
+    if not hasattr(decoder, "_drllm_engines"):
+        with ExitStack() as undo:
+            if not hasattr(decoder, "_drllm_routing"):
+                enable_dynamic_routing(top, [1] * len(decoder.layers))
+                undo.callback(_unrouted, top, decoder, decoder._drllm_routing)
+            undo.enter_context(evaluating(top))
+            decoder._drllm_engines = [0, undo.pop_all()]
+    decoder._drllm_engines[0] += 1
+    try:
+        yield
+    finally:
+        decoder._drllm_engines[0] -= 1
+        if not decoder._drllm_engines[0]:
+            undo = decoder._drllm_engines[1]
+            del decoder._drllm_engines
+            undo.close()
+
+
+def _unrouted(top: nn.Module, decoder: nn.Module, routing: object) -> None:
+    if getattr(decoder, "_drllm_routing", None) is routing:  # else somebody has switched it off since
+        disable_dynamic_routing(top)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, overload
@@ -80,7 +81,7 @@ def generate(
         with runner:
             for ids, s, b, p in jobs:
                 runner.encoded(ids, s, budget=b, path=p)
-    answers = _progress(_run(runner, iter(jobs)), count, progress)
+    answers = _progress(_run(runner, iter(jobs), contextvars.copy_context()), count, progress)
     if stream == "tokens":
         return answers
     results = (delta.result for delta in answers if delta.result is not None)
@@ -101,8 +102,11 @@ def _jobs(prompts: Iterable, **each: Iterable) -> Iterator[tuple]:
         yield prompt, *own.values()
 
 
-def _run(engine: Engine, jobs: Iterator[tuple]) -> Iterator[Delta]:
-    """Prompts go in as room comes up; twice the rows that are worked on wait, so that forwards that read are full."""
+def _run(engine: Engine, jobs: Iterator[tuple], context: contextvars.Context) -> Iterator[Delta]:
+    """Prompts go in as room comes up; twice the rows that are worked on wait, so that forwards that read are full.
+
+    context  of the call, with the path of a `model.routing.using` around it: a stream may be read outside of that
+    """
     with engine:
         more = True
         while more or engine.busy:
@@ -111,7 +115,7 @@ def _run(engine: Engine, jobs: Iterator[tuple]) -> Iterator[Delta]:
                 more = job is not None
                 if more:
                     prompt, sampling, budget, path = job
-                    engine.submit(prompt, sampling, budget=budget, path=path)
+                    context.run(engine.submit, prompt, sampling, budget=budget, path=path)
             if engine.busy:
                 yield from engine.step()
 

@@ -98,7 +98,9 @@ class GraphedSteps:
         return self.graphs[key]
 
     def note(self, key: tuple, replayed: bool, seconds: float) -> None:
-        """What a step took; graphs that are no faster are given up."""
+        """What a step took; graphs that are no faster are given up, unless they are asked for."""
+        if replayed and self.required:
+            return
         (self.replayed if replayed else self.plain).setdefault(key, []).append(seconds)
         if not replayed:
             del self.plain[key][: -4 * SEEN]

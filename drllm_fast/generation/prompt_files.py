@@ -99,6 +99,7 @@ class AnswerFile:
         self.tokens = 0  # of the answers that are there, and of those added
         self.paths: Counter[tuple[int, ...]] = Counter()
         self._known: dict[str, Any] | None = None  # what the answers that are there are of
+        self.notes: dict[str, Any] = {}  # what was noted beside that
         self._whole = 0  # bytes of whole lines
         self._file: Any = None
         self._held = contextlib.ExitStack()
@@ -197,6 +198,7 @@ class AnswerFile:
         found = {name: values.get(name) for name in FORMAT} if isinstance(values, dict) else values
         if found != FORMAT or not isinstance(values.get("made_of"), dict):
             raise ValueError(f"{self.meta}: expected {FORMAT}, found {found!r:.120}. {advice}")
+        self.notes = values
         return values["made_of"]
 
     def _read_answers(self) -> None:

@@ -160,7 +160,7 @@ async def read_body(request: Request, limit: int) -> bytes:
                 parts.append(part)
             else:
                 parts.clear()
-            if size > DROPPED_BYTES:
+            if size > max(limit, DROPPED_BYTES):
                 break
     except ClientDisconnect as error:
         raise ClientGone("the client has left") from error
@@ -201,6 +201,15 @@ ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health",
 
 def _documented(kind: type[Common]) -> dict[str, Any]:
     """For /docs: bodies are read by hand, so that they can be refused before they are parsed."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    schema = kind.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def whole(part: Any) -> Any:
+        """With what it refers to in its place: the document has no other place for it."""
+        if isinstance(part, dict) and "$ref" in part:
+            return whole(parts[part["$ref"].rpartition("/")[2]])
+        if isinstance(part, dict):
+            return {name: whole(value) for name, value in part.items()}
+        return [whole(value) for value in part] if isinstance(part, list) else part
+
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": whole(schema)}}}}

@@ -52,6 +52,11 @@ HARMLESS = (
 ROLES = {"developer": "system"}  # what templates call it
 
 
+def _same(a: Any, b: Any) -> bool:
+    """Where False is not 0: as logprobs, 0 asks for something."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -98,7 +103,7 @@ class Common(Strict):
         if not isinstance(given, dict):
             return given
         for name, neutral in NEUTRAL.items():
-            if name in given and given[name] not in neutral:
+            if name in given and not any(_same(given[name], value) for value in neutral):
                 raise ValueError(f"{name} is not supported, got {given[name]!r:.80}; leave it out")
         return {name: value for name, value in given.items() if name not in NEUTRAL and name not in HARMLESS}
 

@@ -28,5 +28,7 @@ class ServerSettings:
         for name in ("max_body_bytes", "max_prompt_tokens", "max_tokens", "default_tokens", "timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.api_key is not None and not self.api_key.strip():
-            raise ValueError("the API key is empty; leave it out to let everybody in")
+        if self.api_key is not None:
+            object.__setattr__(self, "api_key", self.api_key.strip())  # a header brings no space around it
+            if not self.api_key:
+                raise ValueError("the API key is empty; leave it out to let everybody in")
