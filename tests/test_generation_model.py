@@ -188,6 +188,8 @@ def test_routing_that_is_switched_under_an_engine_is_an_error(on):
     answers = generate(model, Letters(), ROWS, max_new_tokens=6, stream="tokens", max_batch=2, lookahead=0)
     next(answers)
     model.disable_dynamic_routing()
+    again = generate(model, Letters(), ROWS, max_new_tokens=2)  # as long as the other is there
+    assert [r.path for r in again] == [(1,) * LAYERS] * len(ROWS)
     with pytest.raises(RuntimeError, match="switched while prompts are answered"):
         list(answers)
     plain = state(tiny("llama"))

@@ -434,21 +434,20 @@ def in_use(top: nn.Module, decoder: nn.Module) -> Iterator[None]:
     """A model that is routed and in evaluation mode, for all engines that run on it at a time: the last one leaves it
     as the first found it."""
     if not hasattr(decoder, "_drllm_engines"):
-        with ExitStack() as undo:
-            if not hasattr(decoder, "_drllm_routing"):
-                enable_dynamic_routing(top, [1] * len(decoder.layers))
-                undo.callback(_unrouted, top, decoder, decoder._drllm_routing)
-            undo.enter_context(evaluating(top))
-            decoder._drllm_engines = [0, undo.pop_all()]
-    decoder._drllm_engines[0] += 1
+        decoder._drllm_engines = [0, ExitStack()]
+        decoder._drllm_engines[1].enter_context(evaluating(top))
+    engines = decoder._drllm_engines
+    engines[0] += 1
     try:
+        if not hasattr(decoder, "_drllm_routing"):
+            enable_dynamic_routing(top, [1] * len(decoder.layers))
+            engines[1].callback(_unrouted, top, decoder, decoder._drllm_routing)
         yield
     finally:
-        decoder._drllm_engines[0] -= 1
-        if not decoder._drllm_engines[0]:
-            undo = decoder._drllm_engines[1]
+        engines[0] -= 1
+        if not engines[0]:
             del decoder._drllm_engines
-            undo.close()
+            engines[1].close()
 
 
 def _unrouted(top: nn.Module, decoder: nn.Module, routing: object) -> None:
