@@ -434,8 +434,8 @@ def in_use(top: nn.Module, decoder: nn.Module) -> Iterator[None]:
     """A model that is routed and in evaluation mode, for all engines that run on it at a time: the last one leaves it
     as the first found it."""
     if not hasattr(decoder, "_drllm_engines"):
-        decoder._drllm_engines = [0, ExitStack()]
-        decoder._drllm_engines[1].enter_context(evaluating(top))
+        engines = decoder._drllm_engines = [0, ExitStack()]  # how many, and what the last one undoes
+        engines[1].enter_context(evaluating(top))
     engines = decoder._drllm_engines
     engines[0] += 1
     try:

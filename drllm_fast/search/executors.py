@@ -26,7 +26,7 @@ from drllm_fast.search.work import (
 )
 
 log = logging.getLogger(__name__)
-AGENT_ANSWERS = timedelta(seconds=30)  # torchrun's agent, or it is gone
+AGENT_ANSWERS = timedelta(seconds=15)  # torchrun's agent, or it is gone
 
 
 def run_local(
